@@ -1,0 +1,206 @@
+"""One frozen `Config` says everything that decides a run's numbers; `PROTOCOLS` are named starting points.
+
+    config = protocol("mosaic-32", method="mean_teacher", draw=1)
+    config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run's folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers.
+
+    Args:
+        protocol: the named starting point that these values came from.
+        dataset: mosaic (embedded) or camvid.
+        data_root: folder of the dataset; mosaic needs none.
+        size: working resolution, height and width; empty keeps the files' own.
+        labeled: number of labeled training images; 0 labels all.
+        draw: which of the fixed label draws.
+        unlabeled: use only this many of the other images; 0 uses all.
+        eval_images: evaluate on only this many images; 0 on all.
+        eval_part: part of the dataset that is evaluated during training.
+        net: network by name (s4lib.nets.NETS).
+        net_args: changes to that network's arguments, for instance {"encoder": "resnet50"}.
+        weights: file with encoder weights (.safetensors or torch) to start from.
+        method: method by name; `s4 methods` lists them.
+        preset: which of the method's presets, for instance paper.
+        method_args: changes to the method's hyper-parameters.
+        epochs: passes over the unlabeled images.
+        batch: labeled images per step, over all processes.
+        unlabeled_batch: unlabeled images per step, over all processes.
+        crop: height and width of a training view; empty takes `size`.
+        scale: bounds of the random zoom.
+        outside: what a view shows beyond the image: reflect or void.
+        jitter: strength of brightness, contrast and saturation changes in strong views.
+        hue: largest hue shift in strong views, as a share of the colour circle.
+        optimizer: adamw or sgd (momentum 0.9).
+        lr: learning rate at the start; it falls by the poly rule.
+        encoder_lr: factor on `lr` for the encoder.
+        weight_decay: of the optimizer.
+        power: of the poly rule.
+        clip: largest gradient norm; 0 does not clip.
+        accumulate: batches whose gradients make one update.
+        amp: off, bf16 or fp16 (with loss scaling).
+        sync_bn: batch normalisation over all processes.
+        eval_every: epochs between evaluations.
+        seed: of initial weights, data order, views and noise.
+        device: auto, cpu, cuda or cuda:N.
+        tensorboard: also write TensorBoard event files.
+    """
+
+    protocol: str = "mosaic-32"
+    dataset: str = "mosaic"
+    data_root: str = ""
+    size: tuple[int, ...] = ()
+    labeled: int = 32
+    draw: int = 0
+    unlabeled: int = 0
+    eval_images: int = 0
+    eval_part: typing.Literal["val", "test"] = "val"
+    net: str = "light"
+    net_args: dict = field(default_factory=dict)
+    weights: str = ""
+    method: str = "supervised"
+    preset: str = "paper"
+    method_args: dict = field(default_factory=dict)
+    epochs: int = 9
+    batch: int = 8
+    unlabeled_batch: int = 8
+    crop: tuple[int, ...] = ()
+    scale: tuple[float, float] = (0.75, 1.5)
+    outside: typing.Literal["reflect", "void"] = "reflect"
+    jitter: float = 0.5
+    hue: float = 0.05
+    optimizer: typing.Literal["adamw", "sgd"] = "adamw"
+    lr: float = 5e-3
+    encoder_lr: float = 1.0
+    weight_decay: float = 1e-2
+    power: float = 0.9
+    clip: float = 0.0
+    accumulate: int = 1
+    amp: typing.Literal["off", "bf16", "fp16"] = "off"
+    sync_bn: bool = True
+    eval_every: int = 1
+    seed: int = 0
+    device: str = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for f, kind in zip(fields(self), typing.get_type_hints(type(self)).values(), strict=True):
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), kind))
+        for name, length in (("size", (0, 2)), ("crop", (0, 2)), ("scale", (2,))):
+            value = getattr(self, name)
+            if len(value) not in length or any(v <= 0 for v in value):
+                raise ValueError(f"{name}={list(value)}: give two positive numbers")
+        for name in ("epochs", "batch", "unlabeled_batch", "accumulate", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        for name in ("labeled", "draw", "unlabeled", "eval_images", "seed", "clip", "lr", "weight_decay", "jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """The inverse of `to_dict`. Raises ValueError for a key or value that a Config cannot have."""
+        valid = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in valid]
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(valid)}")
+        return cls(**values)
+
+    @property
+    def hash(self) -> str:
+        """Of every field that can change a number; where files lie and what computes does not count."""
+        values = {k: v for k, v in self.to_dict().items() if k not in ("data_root", "device", "tensorboard")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def run_id(self) -> str:
+        preset = "" if self.preset == "paper" else f"-{self.preset}"
+        return f"{self.protocol}-{self.method}{preset}-d{self.draw}-s{self.seed}-{self.hash}"
+
+
+def _checked(name: str, value: object, kind: object) -> object:
+    """`value` as `kind` (int to float, list to tuple are the only conversions); ValueError otherwise."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r}: expected a list of numbers")
+        return tuple(_checked(name, v, arguments[0]) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
+    return dict(value) if kind is dict else value
+
+
+_MOSAIC = {"dataset": "mosaic", "net": "light"}
+_CAMVID = {"dataset": "camvid", "labeled": 23, "lr": 2e-3, "scale": (0.75, 1.5)}
+_SMOKE = {"unlabeled": 32, "eval_images": 32, "epochs": 3, "eval_every": 3}
+
+PROTOCOLS: types.MappingProxyType[str, dict] = types.MappingProxyType(
+    {
+        "mosaic-smoke": {**_MOSAIC, **_SMOKE},
+        "mosaic-16": {**_MOSAIC, "labeled": 16},
+        "mosaic-32": {**_MOSAIC, "labeled": 32},
+        "mosaic-64": {**_MOSAIC, "labeled": 64},
+        "camvid-smoke": {**_CAMVID, **_SMOKE, "size": (60, 80)},
+        "camvid-quick": {**_CAMVID, "size": (120, 160), "crop": (96, 128), "epochs": 8, "eval_every": 2},
+        "camvid-23": {
+            **_CAMVID,
+            "size": (180, 240),
+            "net": "deeplabv3plus-resnet18",
+            "epochs": 80,
+            "eval_every": 5,
+            "amp": "bf16",
+        },
+    }
+)
+
+# A notebook's `profile` is how much to run; with a dataset it names a protocol.
+PROFILES: types.MappingProxyType[str, dict[str, str]] = types.MappingProxyType(
+    {
+        "smoke": {"mosaic": "mosaic-smoke", "camvid": "camvid-smoke"},
+        "quick": {"mosaic": "mosaic-32", "camvid": "camvid-quick"},
+        "camvid": {"camvid": "camvid-23"},
+    }
+)
+
+
+def protocol(name: str, **changes) -> Config:
+    """The Config of a named protocol with some fields changed.
+
+    Raises:
+        ValueError: unknown protocol, field or value; lists what is valid.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}")
+    return Config.from_dict({"protocol": name, **PROTOCOLS[name], **changes})
+
+
+def profile_protocol(profile: str, dataset: str) -> str:
+    """Name of the protocol that a profile means for a dataset. Raises ValueError with the valid values."""
+    if profile not in PROFILES:
+        raise ValueError(f"profile={profile!r}: choose one of {', '.join(PROFILES)}")
+    if dataset not in PROFILES[profile]:
+        known = sorted({d for datasets in PROFILES.values() for d in datasets})
+        if dataset not in known:
+            raise ValueError(f"dataset={dataset!r}: choose one of {', '.join(known)}")
+        raise ValueError(f"profile={profile!r} is for dataset {', '.join(PROFILES[profile])}, not {dataset!r}")
+    return PROFILES[profile][dataset]

@@ -1,0 +1,107 @@
+"""Views of a sample: random crop, scale and flip (weak), then colour (strong), made for a batch on its device.
+
+What happens to a sample is drawn from a generator keyed by (seed, stream, pass, index): the same whatever batch,
+process or order it is in. The drawing is per sample, the arithmetic per batch. Colour operations work on RGB in
+[0, 1], before normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..method import IGNORE
+
+GREY = torch.tensor([0.299, 0.587, 0.114])
+_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_TO_RGB = torch.linalg.inv(_TO_YIQ)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How strong the views are.
+
+    Args:
+        crop: (height, width) of a view.
+        scale: bounds of the zoom; below 1 the image does not fill the crop.
+        outside: what is seen there: "reflect" mirrors the image, "void" is black and takes no part in a loss.
+        jitter: brightness, contrast and saturation factors are drawn from 1 +- jitter.
+        hue: hue shift, as a share of the colour circle.
+        colour, grey, blur: probabilities of jitter, greyscale and blur.
+    """
+
+    crop: tuple[int, int]
+    scale: tuple[float, float] = (0.75, 1.5)
+    outside: str = "reflect"
+    jitter: float = 0.5
+    hue: float = 0.05
+    colour: float = 0.8
+    grey: float = 0.2
+    blur: float = 0.5
+
+    def draw_crop(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """(2, 3) affine map from crop to image coordinates, both in [-1, 1]."""
+        scale, flip, fx, fy = rng.uniform(*self.scale), rng.uniform() < 0.5, *rng.uniform(-1, 1, 2)
+        sx, sy = self.crop[1] / width / scale, self.crop[0] / height / scale
+        # The window's centre may move as far as the window stays inside, or, larger than the image, contains it.
+        return np.array([[-sx if flip else sx, 0, fx * abs(1 - sx)], [0, sy, fy * abs(1 - sy)]], dtype=np.float32)
+
+    def draw_colour(self, rng: np.random.Generator) -> np.ndarray:
+        """(7,): brightness, contrast, saturation factors, hue angle, and grey, blur, jitter as 0 or 1."""
+        factors = 1 + self.jitter * rng.uniform(-1, 1, 3)
+        angle = 2 * math.pi * self.hue * rng.uniform(-1, 1)
+        on = rng.uniform(size=3) < (self.grey, self.blur, self.colour)
+        return np.array([*factors, angle, *on], dtype=np.float32)
+
+    def crop_images(self, images: list[Tensor], maps: Tensor) -> Tensor:
+        """Float views (B, 3, *crop) in [0, 1] of uint8 images (3, H, W) that may differ in size."""
+        views = _sample(images, maps, self.crop, "bilinear", self._padding)
+        return views / 255
+
+    def crop_labels(self, labels: list[Tensor], maps: Tensor) -> Tensor:
+        """Views (B, *crop) int64 of uint8 labels (H, W); IGNORE outside unless reflected."""
+        shifted = [label[None].int() - IGNORE for label in labels]  # zero padding then means IGNORE
+        views = _sample(shifted, maps, self.crop, "nearest", self._padding)
+        return views[:, 0].round().long() + IGNORE
+
+    def valid(self, images: list[Tensor], maps: Tensor) -> Tensor:
+        """(B, *crop) bool: False where a view shows no image."""
+        if self.outside == "reflect":
+            return torch.ones(len(images), *self.crop, dtype=torch.bool, device=maps.device)
+        grid = F.affine_grid(maps, [len(maps), 1, *self.crop], align_corners=False)
+        return (grid.abs() <= 1).all(-1)
+
+    @property
+    def _padding(self) -> str:
+        return "reflection" if self.outside == "reflect" else "zeros"
+
+
+def _sample(values: list[Tensor], maps: Tensor, crop: tuple[int, int], mode: str, padding: str) -> Tensor:
+    if len({v.shape for v in values}) > 1:  # images of different sizes: one by one
+        return torch.cat([_sample([v], m[None], crop, mode, padding) for v, m in zip(values, maps, strict=True)])
+    grid = F.affine_grid(maps, [len(maps), 1, *crop], align_corners=False)
+    return F.grid_sample(torch.stack(values).float(), grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def colour_jitter(image: Tensor, draws: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] with brightness, contrast, saturation, hue, grey and blur by `draws` (B, 7)."""
+    d = draws[:, :, None, None, None]
+    x = image * d[:, 0]
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = (x - middle) * d[:, 1] + middle
+    cos, sin = draws[:, 2] * draws[:, 3].cos(), draws[:, 2] * draws[:, 3].sin()
+    turn = torch.zeros(len(x), 3, 3, device=x.device)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, -sin, sin, cos
+    matrix = _TO_RGB.to(x.device) @ turn @ _TO_YIQ.to(x.device)
+    x = (matrix @ x.flatten(2)).view_as(x)
+    x = torch.where(d[:, 6] > 0, x, image)
+    grey = (x * GREY.to(x.device)[:, None, None]).sum(1, keepdim=True)
+    x = torch.where(d[:, 4] > 0, grey, x)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    return torch.where(d[:, 5] > 0, blurred, x).clamp(0, 1)

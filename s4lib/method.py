@@ -1,0 +1,124 @@
+"""The words every method is written in: `Batch`, `Clock`, `Method`, `joint`, `frozen_copy`, `ema`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = 255  # the label of void and of padding: out of every loss and every metric
+
+
+class Batch(NamedTuple):
+    """One step's data, on the device. B labeled and U unlabeled images (a method that wants none gets U = 0)."""
+
+    image: Tensor  # labeled, weak view              (B, 3, H, W) float, normalised
+    label: Tensor  # its annotation, IGNORE = void   (B, H, W) int64
+    weak: Tensor  # unlabeled, weak view             (U, 3, H, W)
+    strong: tuple[Tensor, ...]  # the same crops, `strong_views` photometric versions of each
+    valid: Tensor  # False where `weak` is padding   (U, H, W) bool
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training is. An epoch is one pass over the unlabeled list."""
+
+    step: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that lies behind, in [0, 1)."""
+        return self.step / self.steps
+
+
+# minimize(loss, *nets): one optimizer update of exactly these networks. Returns False while gradients are
+# still being accumulated, so that what follows an update (EMA) happens once per update.
+Minimize = Callable[..., bool]
+
+
+class Method(nn.Module):
+    """A semi-supervised method: its children are its networks, `step` is how they learn, `forward` is deployed.
+
+    Subclasses take `build` (a function that returns a fresh `SegNet`) and keyword-only hyper-parameters
+    whose defaults are the paper's values. Anything remembered between steps must be a buffer, so that
+    `state_dict` is the whole state.
+    """
+
+    strong_views: ClassVar[int] = 0  # photometric versions wanted of each unlabeled crop
+    uses_unlabeled: ClassVar[bool] = True
+    deployed: ClassVar[str] = "student"  # the child that `forward` runs
+    batch_statistics: tuple[str, ...] = ()  # frozen children that normalise by the batch, not by running statistics
+    presets: ClassVar[dict[str, dict]] = {"paper": {}}
+
+    def step(self, batch: Batch, clock: Clock, minimize: Minimize) -> dict[str, Tensor]:
+        """Learn from one batch; return detached 0-d tensors to log."""
+        raise TypeError(f"{type(self).__name__} does not define step")
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K, H, W) of the deployed network for normalised images (B, 3, H, W)."""
+        return self.get_submodule(self.deployed)(image)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network by name (`student`, `teacher`, `students.0` ...): each is evaluated and recorded."""
+        found = {}
+        for name, child in self.named_children():
+            if isinstance(child, nn.ModuleList):
+                found |= {f"{name}.{i}": net for i, net in enumerate(child)}
+            else:
+                found[name] = child
+        return found
+
+    def train(self, mode: bool = True):
+        """As in torch, but frozen children (teachers) stay in evaluation mode unless in `batch_statistics`."""
+        super().train(mode)
+        for name, child in self.named_children():
+            if name not in self.batch_statistics and not trainable(child):
+                child.eval()
+        return self
+
+
+def trainable(net: nn.Module) -> bool:
+    return any(p.requires_grad for p in net.parameters())
+
+
+def frozen_copy(net: nn.Module) -> nn.Module:
+    """A copy that shares no storage with `net` and takes no gradient."""
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+def joint(net: nn.Module, *images: Tensor) -> tuple[Tensor, ...]:
+    """Logits of several batches from one forward pass, so that BN sees them together."""
+    return net(torch.cat(images)).split([len(x) for x in images])
+
+
+@torch.no_grad()
+def ema(target: nn.Module, source: nn.Module, decay: float, buffers: str = "copy") -> None:
+    """target <- decay * target + (1 - decay) * source, in place (Tarvainen and Valpola 2017, eq. 3).
+
+    `buffers` says what becomes of BN statistics, on which released codes differ: "copy" takes the source's,
+    "ema" averages floating-point ones like parameters and copies counters, "keep" leaves the target's own.
+    """
+    if buffers not in ("copy", "ema", "keep"):
+        raise ValueError(f"buffers={buffers!r}: choose copy, ema or keep")
+    average = list(zip(target.parameters(), source.parameters(), strict=True))
+    for t, s in zip(target.buffers(), source.buffers(), strict=True):
+        if buffers == "ema" and t.is_floating_point():
+            average.append((t, s))
+        elif buffers != "keep":
+            t.copy_(s)
+    if average:
+        torch._foreach_lerp_([t for t, _ in average], [s for _, s in average], 1 - decay)

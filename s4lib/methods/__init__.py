@@ -1,0 +1,16 @@
+"""Every method by name: one file each, no registry."""
+
+from __future__ import annotations
+
+from ..method import Method
+from .cutmix_seg import CutMixSeg
+from .mean_teacher import MeanTeacher
+from .pseudo_label import PseudoLabel
+from .supervised import Supervised
+
+METHODS: dict[str, type[Method]] = {
+    "supervised": Supervised,
+    "pseudo_label": PseudoLabel,
+    "mean_teacher": MeanTeacher,
+    "cutmix_seg": CutMixSeg,
+}

@@ -1,0 +1,150 @@
+"""Records of finished runs: read them, compare methods paired by label draw and seed, say what the data carry."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+RUNS = Path(os.environ.get("S4_RUNS") or (HERE / "runs" if (HERE / "notebooks").is_dir() else "runs"))
+COMMITTED = HERE / "book" / "records"
+
+
+def load(*places: str | Path) -> list[dict]:
+    """Records from .jsonl files, run folders and folders of either; the last of equal run ids counts.
+
+    Raises:
+        ValueError: a line that is not a record; names file and line.
+    """
+    found: dict[str, dict] = {}
+    for place in map(Path, places):
+        files = [place] if place.is_file() else sorted([*place.glob("*.jsonl"), *place.glob("*/record.json")])
+        for file in files:
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    found[record["run_id"]] = record
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise ValueError(f"{file}, line {number}: not a record") from None
+    return list(found.values())
+
+
+def surroundings(device: torch.device) -> dict:
+    """What a result may depend on and a config does not say: device, versions, commit, time."""
+    cuda = device.type == "cuda"
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """Short commit of this checkout, with a + if files differ from it; "" outside a checkout."""
+    git = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
+    try:
+        name = git(["git", "rev-parse", "--short", "HEAD"])
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"])
+    except OSError:
+        return ""
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "") if name.returncode == 0 else ""
+
+
+def score(record: dict, network: str = "", when: str = "last") -> float:
+    """mIoU in % of one network (the deployed one by default), at the last or the best evaluation."""
+    return record["networks"][network or record["deployed"]][when]["miou"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of n values, with sample standard deviation."""
+
+    mean: float
+    std: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f}" if self.n > 1 else f"{self.mean:.1f}"
+
+
+def summary(values: Iterable[float]) -> Summary:
+    values = list(values)
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    return Summary(mean, std, len(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference of two methods in mIoU points, with a confidence interval of the mean."""
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+    @property
+    def verdict(self) -> str:
+        """What may be claimed: "better", "worse", or "not distinguishable" where the interval holds zero."""
+        if not self.low <= 0 <= self.high and len(self.values) > 1:
+            return "better" if self.mean > 0 else "worse"
+        return "not distinguishable"
+
+    def __str__(self) -> str:
+        if len(self.values) < 2:
+            return f"{self.mean:+.1f} (one pair, no interval)"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def paired(
+    ours: Iterable[dict],
+    base: Iterable[dict],
+    level: float = 0.95,
+    value: Callable[[dict], float] = score,
+) -> Difference:
+    """Difference ours - base within each (label draw, seed) that both have, and its Student-t interval.
+
+    Raises:
+        ValueError: no draw and seed in common, or more than one record for the same draw and seed.
+    """
+    from scipy import stats
+
+    sides = [_by_draw(records) for records in (ours, base)]
+    common = sorted(sides[0].keys() & sides[1].keys())
+    if not common:
+        raise ValueError("no label draw and seed that both methods were run with")
+    values = tuple(value(sides[0][key]) - value(sides[1][key]) for key in common)
+    s = summary(values)
+    half = stats.t.ppf((1 + level) / 2, s.n - 1) * s.std / math.sqrt(s.n) if s.n > 1 else math.nan
+    return Difference(s.mean, s.mean - half, s.mean + half, values)
+
+
+def _by_draw(records: Iterable[dict]) -> dict[tuple[int, int], dict]:
+    found = {}
+    for record in records:
+        key = record["config"]["draw"], record["config"]["seed"]
+        if key in found:
+            raise ValueError(f"two records for draw {key[0]}, seed {key[1]}: select one method and setting first")
+        found[key] = record
+    return found
+
+
+def stale(record: dict) -> bool:
+    """True if the method's file has changed since the record was made."""
+    from .trainer import method_source
+
+    return method_source(record["config"]["method"]) != record["method_source"]

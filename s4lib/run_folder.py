@@ -1,0 +1,130 @@
+"""A run's folder: config, metrics, checkpoints, record. Every file is whole or absent, whatever kills the process.
+
+    <out>/<run_id>/config.json     what is run
+                   metrics.jsonl   one line per evaluation and every few steps
+                   last.pt         everything needed to go on exactly; best.pt the weights with the best mIoU
+                   record.json     the result, written when the run has ended
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .config import Config
+from .nets import read_tensors
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary neighbour, flush it to disk, then move it into place.
+
+    Raises:
+        OSError: the disk is full or read-only; `path` is as it was and the temporary file is gone.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch.save's word for a write that failed
+            raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
+        raise
+
+
+class RunFolder:
+    """The files of one run.
+
+    Raises:
+        ValueError: the folder belongs to another config.
+    """
+
+    def __init__(self, out: str | Path, config: Config):
+        self.path = Path(out) / config.run_id
+        self.config = config
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.to_dict(), indent=1)
+        write_atomically(self.path / "config.json", lambda f: f.write(text.encode()))
+
+    def clear(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self, wait: bool):
+        """Hold the run against other processes. Raises ValueError if it is taken and `wait` is False."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path.parent / f".{self.path.name}.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise ValueError(f"{self.path}: another process is training this run") from None
+            yield
+
+    def record(self) -> dict | None:
+        path = self.path / "record.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_record(self, record: dict) -> None:
+        write_atomically(self.path / "record.json", lambda f: f.write(json.dumps(record).encode()))
+
+    def log(self, line: dict) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, state: dict) -> None:
+        """Write last.pt, noting how much of metrics.jsonl belongs to it."""
+        if self.metrics.exists():
+            with open(self.metrics, "rb") as file:
+                os.fsync(file.fileno())
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
+        state = {**state, "metrics_bytes": size, "config": self.config.to_dict()}
+        write_atomically(self.checkpoint, lambda f: torch.save(state, f))
+
+    def save_best(self, weights: dict) -> None:
+        write_atomically(self.best, lambda f: torch.save(weights, f))
+
+    def load(self) -> dict:
+        """State of last.pt; metrics.jsonl is cut back to where that checkpoint was written.
+
+        Raises:
+            ValueError: corrupt, refused, or of another config.
+        """
+        state = read_tensors(self.checkpoint)
+        wanted = {"config", "metrics_bytes", "method", "minimizer", "step"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise ValueError(f"{self.checkpoint}: not a checkpoint of s4lib")
+        kept, ours = state["config"], self.config.to_dict()
+        differ = [k for k in ours if kept.get(k) != ours[k] and k not in ("data_root", "device", "tensorboard")]
+        if differ:
+            k = differ[0]
+            raise ValueError(f"{self.checkpoint}: checkpoint of another config: {k} is {kept.get(k)!r}, not {ours[k]!r}")
+        return state
+
+    def cut_metrics(self, size: int) -> None:
+        if self.metrics.exists() and self.metrics.stat().st_size > size:
+            os.truncate(self.metrics, size)

@@ -1,0 +1,336 @@
+"""`fit(config)` trains one run, in this process or as one of torchrun's, and returns its record.
+
+    s4 train --protocol mosaic-32 --method mean_teacher
+    torchrun --nproc_per_node=2 -m s4lib train --protocol mosaic-32 --method mean_teacher --device cpu
+
+What a step does depends only on (config, step, rank), so a checkpoint is state dicts plus the step, and a run that
+was killed and resumed ends bit-equal to one that was not (on a CPU; GPU kernels may differ in the last bit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import distributed, records
+from .config import Config
+from .data import open_dataset
+from .data.images import Images
+from .data.loader import Loader
+from .data.splits import Split, split
+from .data.views import Views
+from .evaluate import confusion_matrices, evaluated, normaliser, scores
+from .method import Clock, Method
+from .methods import METHODS
+from .minimizer import Minimizer
+from .nets import build_net
+from .run_folder import RunFolder
+
+LOG_EVERY = 10  # steps
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal after its checkpoint was written. `signal` is the signal's number."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped at step {step}; its checkpoint is written, resume continues from there")
+        self.signal = number
+
+
+def build_method(config: Config, classes: int) -> Method:
+    """The config's method with its networks, initialised by the seed alone.
+
+    Raises:
+        ValueError: unknown method, preset, hyper-parameter or network.
+    """
+    if config.method not in METHODS:
+        raise ValueError(f"method={config.method!r}: choose one of {', '.join(METHODS)}")
+    kind = METHODS[config.method]
+    if config.preset not in kind.presets:
+        raise ValueError(f"preset={config.preset!r}: {config.method} has {', '.join(kind.presets)}")
+    arguments = {**kind.presets[config.preset], **config.method_args}
+    valid = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in arguments if name not in valid]
+    if unknown:
+        raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {', '.join(valid) or 'none'}")
+    torch.manual_seed(config.seed)
+    method = kind(lambda: build_net(config.net, classes, weights=config.weights, **config.net_args), **arguments)
+    return method.to(memory_format=torch.channels_last)
+
+
+def network_of(method: Method) -> torch.nn.Module:
+    return next(iter(method.networks().values()))
+
+
+def open_data(config: Config) -> tuple[Images, Split, Images, range]:
+    """(training images, split, evaluation images, their indices) of a config."""
+    size = config.size or None
+    images = open_dataset(config.dataset, "train", root=config.data_root, size=size)
+    chosen = split(images, config.dataset, config.labeled, config.draw)
+    if config.unlabeled:
+        chosen = Split(chosen.labeled, chosen.unlabeled[: config.unlabeled], chosen.sha256)
+    held_out = open_dataset(config.dataset, config.eval_part, root=config.data_root, size=size)
+    return images, chosen, held_out, range(len(held_out))[: config.eval_images or None]
+
+
+def fit(
+    config: Config,
+    *,
+    out: str | Path = "runs",
+    resume: bool = False,
+    restart: bool = False,
+    wait: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict:
+    """Train one run and return its record; a run already recorded is returned as it is.
+
+    Args:
+        out: folder of all runs; this one's is `out/config.run_id`.
+        resume: continue from the run's checkpoint if there is one.
+        restart: throw away what there is and begin again.
+        wait: if another process is training this very run, wait for it instead of failing.
+        progress: called with (steps done, steps in all, text).
+
+    Raises:
+        ValueError: bad config, data or checkpoint, or an unfinished run without `resume` or `restart`.
+        FloatingPointError: the loss became infinite or NaN; the last good checkpoint is kept.
+        Interrupted: SIGINT or SIGTERM; the checkpoint is written.
+        OSError: the disk is full or read-only.
+    """
+    device = distributed.start(config.device)
+    folder = RunFolder(out, config)
+    main = distributed.rank() == 0
+    with folder.locked(wait) if main else contextlib.nullcontext():
+        if main and restart:
+            folder.clear()
+        distributed.barrier()
+        record = folder.record()
+        if record is None:
+            if folder.checkpoint.exists() and not resume:
+                raise ValueError(f"{folder.path}: an unfinished run; resume continues it, restart begins again")
+            run = Run(config, folder, device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                record = run.train(resume, progress or (lambda done, total, text: None))
+        distributed.barrier()
+    return record
+
+
+class Run:
+    """One training run: everything built from a config, and the loop."""
+
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device):
+        self.config, self.folder, self.device = config, folder, device
+        self.main = distributed.rank() == 0
+        images, self.split, self.held_out, self.held_out_indices = open_data(config)
+        height, width = images[0][0].shape[1:]
+        views = Views(
+            crop=config.crop or (height, width),
+            scale=config.scale,
+            outside=config.outside,
+            jitter=config.jitter,
+            hue=config.hue,
+        )
+        self.method = build_method(config, len(images.classes)).to(device)
+        if config.sync_bn:
+            distributed.synchronise_batch_norm(self.method, device)
+        distributed.broadcast(self.method)
+        net = network_of(self.method)
+        self.normalise = normaliser(net.mean, net.std, device)
+        self.minimizer = Minimizer(self.method, config, device)
+        self.loader = Loader(
+            images,
+            self.split,
+            views,
+            self.method,
+            batch=config.batch,
+            unlabeled_batch=config.unlabeled_batch,
+            seed=config.seed,
+            mean=net.mean,
+            std=net.std,
+            device=device,
+        )
+        self.steps_per_epoch = max(1, self.loader.steps_per_epoch // config.accumulate)
+        self.sums: dict[str, float] = {}  # of logged losses since the last line
+        self.logged = 0
+        self.best: dict[str, dict] = {}
+        self.last: dict[str, dict] = {}
+        self.seconds = 0.0
+
+    def train(self, resume: bool, progress: Callable[[int, int, str], None]) -> dict:
+        config, first = self.config, 0
+        if resume and self.folder.checkpoint.exists():
+            first = self._restore()
+        elif self.main:
+            self.folder.create()
+        distributed.barrier()
+        total = Clock(0, self.steps_per_epoch, config.epochs).steps
+        text, began = "", time.monotonic() - self.seconds
+        board = self._tensorboard(first)
+        with stop_requests() as stop:
+            for step in range(first, total):
+                clock = Clock(step, self.steps_per_epoch, config.epochs)
+                lr = self._step(clock)
+                self.seconds = time.monotonic() - began
+                done = step + 1
+                epoch_ends = done % self.steps_per_epoch == 0
+                if done % LOG_EVERY == 0 or epoch_ends or done == total:
+                    self.minimizer.check()
+                    if done % LOG_EVERY == 0:
+                        self._log(done, lr, board)
+                stopping = distributed.any_process(stop.number is not None, self.device)
+                if epoch_ends and ((clock.epoch + 1) % config.eval_every == 0 or done == total):
+                    text = self._evaluate(done, clock.epoch + 1, board)
+                if epoch_ends or stopping:
+                    self.minimizer.check()
+                    self._save(done)
+                progress(done, total, text)
+                if stopping:
+                    raise Interrupted(stop.number or signal.SIGTERM, done)
+        record = self._record(total)
+        if self.main:
+            self.folder.write_record(record)
+        return record
+
+    def _step(self, clock: Clock) -> float:
+        """One update, from `accumulate` batches. Returns the learning rate."""
+        # Noise of a step (CutMix boxes, dropout) is a function of seed, step and rank.
+        torch.manual_seed(hash((self.config.seed, clock.step, distributed.rank())) % 2**63)
+        parts = self.config.accumulate
+        for part in range(parts):
+            lr = self.minimizer.begin(clock, last=part == parts - 1)
+            batch = self.loader[clock.step * parts + part]
+            amp = self.config.amp
+            with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "off"):
+                losses = self.method.step(batch, clock, self.minimizer)
+            for name, value in losses.items():
+                self.sums[name] = self.sums.get(name, 0) + value.detach() / parts
+        self.logged += 1
+        return lr
+
+    def _log(self, step: int, lr: float, board) -> None:
+        means = {name: float(distributed.mean(value)) / self.logged for name, value in self.sums.items()}
+        self.sums, self.logged = {}, 0
+        if self.main:
+            self.folder.log({"kind": "train", "step": step, "lr": lr, **means})
+            for name, value in means.items():
+                if board:
+                    board.add_scalar(f"train/{name}", value, step)
+
+    def _evaluate(self, step: int, epoch: int, board) -> str:
+        """Evaluate every network, note the best, keep the best deployed weights. Returns a line of text."""
+        matrices = confusion_matrices(
+            evaluated(self.method), self.held_out, self.held_out_indices, self.normalise, self.device
+        )
+        self.last = {name: {**score, "epoch": epoch} for name, score in scores(matrices).items()}
+        for name, score in self.last.items():
+            if name not in self.best or score["miou"] > self.best[name]["miou"]:
+                self.best[name] = score
+                if name == self.method.deployed and self.main:
+                    self.folder.save_best(self.method.state_dict())
+        mious = {name: score["miou"] for name, score in self.last.items()}
+        if self.main:
+            self.folder.log({"kind": "eval", "step": step, "epoch": epoch, "miou": mious})
+            for name, value in mious.items():
+                if board:
+                    board.add_scalar(f"miou/{name}", value, step)
+        return " ".join(f"{name} {value:.1f}" for name, value in mious.items()) + " mIoU"
+
+    def _save(self, step: int) -> None:
+        if self.main:
+            state = {
+                "step": step,
+                "method": self.method.state_dict(),
+                "minimizer": self.minimizer.state_dict(),
+                "sums": {name: float(value) for name, value in self.sums.items()},
+                "logged": self.logged,
+                "best": self.best,
+                "last": self.last,
+                "seconds": self.seconds,
+            }
+            self.folder.save(state)
+
+    def _restore(self) -> int:
+        """Take over the checkpoint's state; returns the number of steps done."""
+        state = self.folder.load()
+        try:
+            self.method.load_state_dict(state["method"])
+            self.minimizer.load_state_dict(state["minimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.folder.checkpoint}: does not fit this method ({error})") from error
+        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()}
+        self.logged, self.best, self.last = state["logged"], state["best"], state["last"]
+        self.seconds = state["seconds"]
+        if self.main:
+            self.folder.cut_metrics(state["metrics_bytes"])
+        return state["step"]
+
+    def _tensorboard(self, step: int):
+        if not (self.config.tensorboard and self.main):
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("tensorboard=true, but the package is not installed: pip install tensorboard") from None
+        return SummaryWriter(self.folder.path / "tensorboard", purge_step=step)
+
+    def _record(self, steps: int) -> dict:
+        config = self.config
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        unlabeled = config.unlabeled_batch if self.method.uses_unlabeled else 0
+        return {
+            "run_id": config.run_id,
+            "config": config.to_dict(),
+            "method_source": method_source(config.method),
+            "split_sha256": self.split.sha256,
+            "labeled": len(self.split.labeled),
+            "unlabeled": len(self.split.unlabeled) if self.method.uses_unlabeled else 0,
+            "classes": list(self.held_out.classes),
+            "steps": steps,
+            "images_seen": steps * config.accumulate * (config.batch + unlabeled),
+            "seconds": round(self.seconds, 1),
+            "peak_memory_bytes": peak,
+            "evaluation": {"part": config.eval_part, "images": len(self.held_out_indices), "mode": "whole image"},
+            "deployed": self.method.deployed,
+            "networks": {name: {"last": self.last[name], "best": self.best[name]} for name in self.last},
+            "world_size": distributed.world(),
+            **records.surroundings(self.device),
+        }
+
+
+def method_source(name: str) -> str:
+    """Hash of the method's file: a record made by another version of it is stale."""
+    source = Path(inspect.getsourcefile(METHODS[name])).read_bytes()
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Turn the first SIGINT or SIGTERM into a request (`.number`); a second one acts as usual."""
+
+    class Stop:
+        number: int | None = None
+
+    stop, kept = Stop(), {}
+
+    def note(number, frame):
+        stop.number = number
+        signal.signal(number, kept[number])
+        print("stopping after this step ...", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
