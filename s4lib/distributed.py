@@ -24,6 +24,10 @@ def start(device: str) -> torch.device:
         raise ValueError(f"device={device!r}, but torch finds no CUDA device here: use device=cpu or device=auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # One thread adds in one order, so that results do not depend on a machine's cores; and two runs side
+        # by side, each with as many threads as cores, are many times slower than with one each.
+        torch.set_num_threads(1)
     if launched():
         if device.startswith("cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"

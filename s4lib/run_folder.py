@@ -21,6 +21,8 @@ import torch
 from .config import Config
 from .nets import read_tensors
 
+LOCK = ".lock"  # held by the process that trains the run
+
 
 def write_atomically(path: Path, write: Callable) -> None:
     """Call `write(file)` on a temporary neighbour, flush it to disk, then move it into place.
@@ -44,11 +46,7 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 
 class RunFolder:
-    """The files of one run.
-
-    Raises:
-        ValueError: the folder belongs to another config.
-    """
+    """The files of one run, in `out/config.run_id`."""
 
     def __init__(self, out: str | Path, config: Config):
         self.path = Path(out) / config.run_id
@@ -72,13 +70,18 @@ class RunFolder:
         write_atomically(self.path / "config.json", lambda f: f.write(text.encode()))
 
     def clear(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Throw away what there is of the run."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     @contextlib.contextmanager
     def locked(self, wait: bool):
         """Hold the run against other processes. Raises ValueError if it is taken and `wait` is False."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path.parent / f".{self.path.name}.lock", "w") as file:
+        with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -109,18 +109,19 @@ def fit(
     """
     device = distributed.start(config.device)
     folder = RunFolder(out, config)
-    main = distributed.rank() == 0
-    with folder.locked(wait) if main else contextlib.nullcontext():
-        if main and restart:
+    if (record := folder.record()) and not restart:
+        return record
+    run = Run(config, folder, device)  # bad input is found here, before anything is written
+    with folder.locked(wait) if run.main else contextlib.nullcontext():
+        if run.main and restart:
             folder.clear()
         distributed.barrier()
-        record = folder.record()
-        if record is None:
-            if folder.checkpoint.exists() and not resume:
-                raise ValueError(f"{folder.path}: an unfinished run; resume continues it, restart begins again")
-            run = Run(config, folder, device)
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                record = run.train(resume, progress or (lambda done, total, text: None))
+        if record := folder.record():  # another process has trained it while this one waited
+            return record
+        if folder.checkpoint.exists() and not resume:
+            raise ValueError(f"{folder.path}: an unfinished run; resume continues it, restart begins again")
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            record = run.train(resume, progress or (lambda done, total, text: None))
         distributed.barrier()
     return record
 
@@ -160,6 +161,7 @@ class Run:
             device=device,
         )
         self.steps_per_epoch = max(1, self.loader.steps_per_epoch // config.accumulate)
+        self.steps = self.steps_per_epoch * config.epochs
         self.sums: dict[str, float] = {}  # of logged losses since the last line
         self.logged = 0
         self.best: dict[str, dict] = {}
@@ -173,7 +175,7 @@ class Run:
         elif self.main:
             self.folder.create()
         distributed.barrier()
-        total = Clock(0, self.steps_per_epoch, config.epochs).steps
+        total = self.steps
         text, began = "", time.monotonic() - self.seconds
         board = self._tensorboard(first)
         with stop_requests() as stop:
@@ -196,7 +198,7 @@ class Run:
                 progress(done, total, text)
                 if stopping:
                     raise Interrupted(stop.number or signal.SIGTERM, done)
-        record = self._record(total)
+        record = self._record()
         if self.main:
             self.folder.write_record(record)
         return record
@@ -221,7 +223,7 @@ class Run:
         means = {name: float(distributed.mean(value)) / self.logged for name, value in self.sums.items()}
         self.sums, self.logged = {}, 0
         if self.main:
-            self.folder.log({"kind": "train", "step": step, "lr": lr, **means})
+            self.folder.log({"kind": "train", "step": step, "of": self.steps, "lr": lr, **means})
             for name, value in means.items():
                 if board:
                     board.add_scalar(f"train/{name}", value, step)
@@ -239,7 +241,7 @@ class Run:
                     self.folder.save_best(self.method.state_dict())
         mious = {name: score["miou"] for name, score in self.last.items()}
         if self.main:
-            self.folder.log({"kind": "eval", "step": step, "epoch": epoch, "miou": mious})
+            self.folder.log({"kind": "eval", "step": step, "of": self.steps, "epoch": epoch, "miou": mious})
             for name, value in mious.items():
                 if board:
                     board.add_scalar(f"miou/{name}", value, step)
@@ -283,7 +285,7 @@ class Run:
             raise ValueError("tensorboard=true, but the package is not installed: pip install tensorboard") from None
         return SummaryWriter(self.folder.path / "tensorboard", purge_step=step)
 
-    def _record(self, steps: int) -> dict:
+    def _record(self) -> dict:
         config = self.config
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         unlabeled = config.unlabeled_batch if self.method.uses_unlabeled else 0
@@ -295,8 +297,8 @@ class Run:
             "labeled": len(self.split.labeled),
             "unlabeled": len(self.split.unlabeled) if self.method.uses_unlabeled else 0,
             "classes": list(self.held_out.classes),
-            "steps": steps,
-            "images_seen": steps * config.accumulate * (config.batch + unlabeled),
+            "steps": self.steps,
+            "images_seen": self.steps * config.accumulate * (config.batch + unlabeled),
             "seconds": round(self.seconds, 1),
             "peak_memory_bytes": peak,
             "evaluation": {"part": config.eval_part, "images": len(self.held_out_indices), "mode": "whole image"},

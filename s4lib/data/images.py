@@ -36,8 +36,8 @@ class Images:
         if index not in self._kept:
             image, label = self.read(index)
             self._kept[index] = (
-                torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-                torch.from_numpy(np.ascontiguousarray(label)),
+                torch.from_numpy(image.transpose(2, 0, 1).copy()),
+                torch.from_numpy(label.copy()),
             )
         return self._kept[index]
 

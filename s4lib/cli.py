@@ -1,0 +1,210 @@
+"""The `s4` command. `s4 COMMAND --help` explains each; bad input is one line on standard error and exit code 2.
+
+s4 train --protocol mosaic-32 --method mean_teacher     train one run; --resume continues it
+s4 eval RUN --part test                                 evaluate a trained run's networks
+s4 predict RUN photo.jpg folder/ --out maps             class maps of any images
+s4 methods [NAME]                                       what can be trained; a method's hyper-parameters
+s4 book [NOTEBOOK ...] --profile quick                  run notebooks and compile the book
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonargparse
+
+from .config import PROFILES, PROTOCOLS, Config, profile_protocol
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Errors in one line, exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        text = " ".join(str(ex or message).split())
+        text = re.sub(r"^Parser key \"(.+?)\": Expected an? <class '(.+?)'>. Got value: (.*)", r"\1='\3': expected \2", text)
+        raise ValueError(f"{text[:400]} (`{self.prog} --help` lists what is valid)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": train, "eval": evaluate_run, "predict": predict, "methods": methods, "book": book}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    try:
+        if arguments[0] not in commands:
+            raise ValueError(f"{arguments[0]!r} is no command: choose one of {', '.join(commands)}")
+        return commands[arguments[0]](arguments[1:])
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("S4_DEBUG"):
+            raise
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"s4: {where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"s4: {stop or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+
+
+def _parser(command: str, description: str) -> Parser:
+    return Parser(prog=f"s4 {command}", description=description)
+
+
+def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """The Config that command-line arguments and YAML files ask for, and the other options.
+
+    The protocol gives the defaults; a YAML file changes them; flags change both.
+    """
+    parser = _parser("train", "Train one run. Protocol first, then --config files, then flags decide each value.")
+    parser.add_argument("--config", action="config", help="YAML file of any of these options (papermill -f takes it too)")
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="with dataset, names the protocol")
+    parser.add_argument("--out", default="runs", help="folder of all runs")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    parser.add_argument("--restart", action="store_true", help="throw away what there is of this run")
+    parser.add_argument("--gpus", type=int, default=0, help="processes to start through torchrun; 0 is this one")
+    parser.add_class_arguments(Config, as_group=False)
+    parser.set_defaults(protocol="")
+    first = parser.parse_args(arguments)
+    name = first.protocol or profile_protocol(first.profile, first.dataset)
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}")
+    parser.set_defaults({"protocol": name, **PROTOCOLS[name]})
+    values = parser.parse_args(arguments).as_dict()
+    options = {key: values.pop(key) for key in ("config", "profile", "out", "resume", "restart", "gpus")}
+    return Config.from_dict({**values, "protocol": name}), jsonargparse.Namespace(options)
+
+
+def train(arguments: list[str]) -> int:
+    config, options = train_config(arguments)
+    from . import distributed
+    from .progress import Progress
+    from .records import score
+    from .trainer import build_method, fit, open_data
+
+    if options.gpus > 1 and not distributed.launched():
+        build_method(config, len(open_data(config)[0].classes))  # complain before processes start
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
+        command = [sys.executable, "-m", *launcher, "-m", "s4lib", "train", *arguments]
+        return subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    bar = None
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal bar
+        if distributed.rank() == 0:
+            bar = bar or Progress(config.run_id, total)
+            bar.update(done, text)
+
+    try:
+        record = fit(config, out=options.out, resume=options.resume, restart=options.restart, progress=show)
+    finally:
+        if bar:
+            bar.close()
+    if distributed.rank() == 0:
+        for name in record["networks"]:
+            last, best = score(record, name), score(record, name, "best")
+            print(f"{name}: {last:.2f} mIoU at the last evaluation, {best:.2f} at the best")
+        print(f"{Path(options.out) / config.run_id}")
+    distributed.stop()
+    return 0
+
+
+def evaluate_run(arguments: list[str]) -> int:
+    parser = _parser("eval", "Evaluate the networks of a trained run, class by class.")
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    parser.add_argument("--part", choices=["train", "val", "test"], default="val")
+    parser.add_argument("--data_root", default="", help="where the dataset lies now, if it has moved")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    from . import trained
+    from .data import open_dataset
+    from .evaluate import confusion_matrices, evaluated, scores
+
+    run = trained.load(options.run, options.checkpoint, options.device)
+    root = options.data_root or run.config.data_root
+    images = open_dataset(run.config.dataset, options.part, root=root, size=run.config.size or None)
+    matrices = confusion_matrices(evaluated(run.method), images, range(len(images)), run.normalise, run.device)
+    results = scores(matrices)
+    width = max(map(len, images.classes))
+    print(" " * width, *(f"{name:>10}" for name in results))
+    for i, name in enumerate(images.classes):
+        print(f"{name:{width}}", *(f"{r['iou'][i]:10.2f}" if r["iou"][i] is not None else f"{'-':>10}" for r in results.values()))
+    print(f"{'mIoU':{width}}", *(f"{r['miou']:10.2f}" for r in results.values()))
+    return 0
+
+
+def predict(arguments: list[str]) -> int:
+    parser = _parser("predict", "Class maps of images: NAME.png holds indices (with a palette), NAME_color.png colours.")
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("inputs", nargs="+", help="image files and folders of images")
+    parser.add_argument("--out", default="predictions", help="folder for the maps")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    from . import trained
+    from .progress import Progress
+
+    run = trained.load(options.run, options.checkpoint, options.device)
+    files = trained.image_files(options.inputs)
+    bar = Progress("predict", len(files))
+    for number, file in enumerate(files, 1):
+        trained.write_maps(run.predict(file), run.colors, Path(options.out), file.stem)
+        bar.update(number, file.name)
+    bar.close()
+    print(f"{2 * len(files)} maps in {options.out}")
+    return 0
+
+
+def methods(arguments: list[str]) -> int:
+    parser = _parser("methods", "List the methods, or one method's presets and hyper-parameters.")
+    parser.add_argument("name", nargs="?", default=None)
+    options = parser.parse_args(arguments)
+    from .methods import METHODS
+
+    if options.name is None:
+        for name, kind in METHODS.items():
+            print(f"{name:14} {inspect.getdoc(kind).splitlines()[0]}")
+        return 0
+    if options.name not in METHODS:
+        raise ValueError(f"method={options.name!r}: choose one of {', '.join(METHODS)}")
+    kind = METHODS[options.name]
+    print(f"{inspect.getdoc(sys.modules[kind.__module__])}\n\n{inspect.getdoc(kind)}\n")
+    for p in inspect.signature(kind).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            print(f"{p.name}: {p.annotation} = {p.default!r}")
+    for preset, values in kind.presets.items():
+        print(f"preset {preset}: {', '.join(f'{k}={v!r}' for k, v in values.items()) or 'the defaults'}")
+    return 0
+
+
+def book(arguments: list[str]) -> int:
+    parser = _parser("book", "Run notebooks with papermill and compile the book into _build/html.")
+    parser.add_argument("names", nargs="*", default=[], help="notebooks to run; none means all")
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("-f", "--file", default="", help="YAML file of parameters")
+    parser.add_argument("--no-html", action="store_true", help="run the notebooks only")
+    options = parser.parse_args(arguments)
+    import yaml
+
+    from .book import build
+
+    try:
+        given = yaml.safe_load(Path(options.file).read_text()) if options.file else {}
+        given = {**(given or {}), **{name: yaml.safe_load(value) for name, value in options.parameter}}
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{options.file}: not a YAML file of parameters ({str(error).splitlines()[0]})") from error
+    profile = given.pop("profile", options.profile)
+    return build(options.names, profile, given, options.jobs, not options.no_html)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Runs from a notebook: train what is not recorded yet, here or under torchrun, with one live progress bar.
+
+    results = runs.run([protocol("mosaic-32", method=m, draw=d) for m in methods for d in range(3)])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import records
+from .config import Config
+from .progress import Progress
+from .run_folder import RunFolder
+from .trainer import build_method, fit, method_source, open_data
+
+
+def run(configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title: str = "runs") -> list[dict]:
+    """Records of `configs`, in their order.
+
+    A run that is recorded is loaded, one that is half done is resumed, the others are trained, one after the other.
+    A record made by another version of the method's file is trained again.
+
+    Args:
+        gpus: processes that torchrun starts for each run; 0 trains in this process.
+        out: folder of all runs; by default the checkout's `runs`.
+
+    Raises:
+        ValueError: bad config, named before anything is trained.
+        RuntimeError: a run under torchrun failed; the end of its log is in the message.
+    """
+    out = Path(out or records.RUNS)
+    for config in configs:
+        build_method(config, len(open_data(config)[0].classes))
+    bar = Progress(title, 100 * len(configs))
+    found = []
+    for number, config in enumerate(configs):
+
+        def show(done: int, total: int, text: str, number: int = number, config: Config = config) -> None:
+            name = f"{config.method}, draw {config.draw}: step {done}/{total} {text}"
+            bar.update(100 * number + round(100 * done / total), f"run {number + 1} of {len(configs)}, {name}")
+
+        outdated = (record := RunFolder(out, config).record()) and record["method_source"] != method_source(config.method)
+        if gpus and (record is None or outdated):
+            _launch(config, out, gpus, bool(outdated), show)
+            record = RunFolder(out, config).record()
+        else:
+            record = fit(config, out=out, resume=not outdated, restart=bool(outdated), wait=True, progress=show)
+        found.append(record)
+        bar.update(100 * (number + 1))
+    described = [
+        {
+            "run_id": r["run_id"],
+            "method": r["config"]["method"],
+            "seed": r["config"]["seed"],
+            "draw": r["config"]["draw"],
+            "device": r["device"],
+            "seconds": r["seconds"],
+        }
+        for r in found
+    ]
+    bar.close(f"{len(found)} runs done", {"s4": {"runs": described}})
+    return found
+
+
+def metrics(config: Config, out: str | Path = "") -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    path = RunFolder(out or records.RUNS, config).metrics
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _launch(config: Config, out: Path, gpus: int, restart: bool, show: Callable[[int, int, str], None]) -> None:
+    """Train one run under torchrun in a process group of its own, following its metrics file."""
+    folder = RunFolder(out, config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    log = folder.path / "log.txt"
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, open(log, "a") as output:
+        json.dump(config.to_dict(), file)  # JSON is YAML
+        file.flush()
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "s4lib", "train"]
+        options = ["--config", file.name, "--out", str(out), "--restart" if restart else "--resume"]
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command, *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join([str(records.HERE), *sys.path])},
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.3)
+                lines = metrics(config, out) if folder.metrics.exists() else []
+                if lines:
+                    show(lines[-1]["step"], lines[-1]["of"], "")
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)  # the ranks write their checkpoint and end
+            child.wait()
+            raise
+    if child.returncode:
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        raise RuntimeError(f"{config.run_id} failed with exit code {child.returncode}; its log {log} ends:\n{tail}")

@@ -1,0 +1,105 @@
+"""Trained runs, to evaluate, to look at and to use: load a run's networks, predict maps, write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from . import distributed
+from .config import Config
+from .data import DATASETS
+from .data.images import open_image
+from .evaluate import normaliser
+from .method import Method
+from .nets import read_tensors
+from .trainer import build_method, network_of
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained method, in evaluation mode, with what is needed to show it images."""
+
+    config: Config
+    method: Method
+    device: torch.device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return DATASETS[self.config.dataset].classes
+
+    @property
+    def colors(self) -> np.ndarray:
+        return DATASETS[self.config.dataset].colors
+
+    def normalise(self, image: Tensor) -> Tensor:
+        net = network_of(self.method)
+        return normaliser(net.mean, net.std, self.device)(image)
+
+    @torch.no_grad()
+    def probs(self, image: Tensor, network: str = "") -> Tensor:
+        """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed network unless another is named."""
+        net = self.method.networks()[network] if network else self.method
+        return net(self.normalise(image)).float().softmax(1).cpu()
+
+    def predict(self, file: Path) -> np.ndarray:
+        """Class indices (H, W) uint8 of an image file, at its own size; computed at the size trained at."""
+        image = open_image(file)
+        height, width = image.height, image.width
+        if self.config.size:
+            image = image.resize(self.config.size[::-1], Image.Resampling.BOX)
+        probs = self.probs(torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None])
+        return F.interpolate(probs, (height, width), mode="bilinear")[0].argmax(0).numpy().astype(np.uint8)
+
+
+def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> Trained:
+    """The trained method of a run's folder; `checkpoint` is "last" or "best".
+
+    Raises:
+        ValueError: no such run, or a checkpoint that is corrupt or does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not the folder of a run (no config.json in it)")
+    try:
+        config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    state = read_tensors(folder / f"{checkpoint}.pt")
+    method = build_method(config, len(DATASETS[config.dataset].classes))
+    try:
+        method.load_state_dict(state["method"] if checkpoint == "last" else state)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / checkpoint}.pt: does not fit {config.method} ({str(error).splitlines()[0]})") from error
+    where = distributed.start(device)
+    return Trained(config, method.to(where).eval(), where)
+
+
+def image_files(inputs: Sequence[str]) -> list[Path]:
+    """Files named, and images in folders named. Raises ValueError if one is missing or none is found."""
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{', '.join(map(str, inputs))}: no image found; valid endings: {' '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def write_maps(label: np.ndarray, colors: np.ndarray, out: Path, stem: str) -> None:
+    """Write `stem`.png (class indices, with the palette) and `stem`_color.png (RGB)."""
+    out.mkdir(parents=True, exist_ok=True)
+    index = Image.fromarray(label)
+    index.putpalette(colors.flatten().tolist())
+    index.save(out / f"{stem}.png")
+    Image.fromarray(colors[label]).save(out / f"{stem}_color.png")
