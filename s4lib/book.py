@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+from s4lib.config import PROFILES
 from s4lib.headless import Job, explain, interruptible, run, say
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = ("smoke", "quick", "camvid", "paper")
 # These run the book but decide nothing that a page shows.
 MACHINERY = ("book.py", "headless.py", "cli.py", "__main__.py")
 
@@ -35,7 +35,7 @@ def build(
 
     Args:
         names: notebooks without `.ipynb`; empty for all of them.
-        profile: one of `PROFILES`.
+        profile: one of `s4lib.config.PROFILES`.
         parameters: values for the notebooks' parameter cells; each goes to those that know it.
         jobs: notebooks at a time; by default one per core, or one where a GPU is expected.
         html: compile `_build/html` afterwards.

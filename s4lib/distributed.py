@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ def start(device: str) -> torch.device:
     """Resolve `device` ("auto", "cpu", "cuda", "cuda:1") and join torchrun's process group if there is one.
 
     Raises:
-        ValueError: CUDA is asked for and absent.
+        ValueError: no device, or CUDA is asked for and absent.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device={device!r}: choose auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch finds no CUDA device here: use device=cpu or device=auto")
     if device == "auto":

@@ -40,9 +40,15 @@ def write_atomically(path: Path, write: Callable) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)
         if isinstance(error, RuntimeError):  # torch.save's word for a write that failed
             raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
         raise
+
+
+class Busy(ValueError):
+    """Another process is training the run."""
 
 
 class RunFolder:
@@ -79,13 +85,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, wait: bool):
-        """Hold the run against other processes. Raises ValueError if it is taken and `wait` is False."""
+        """Hold the run against other processes. Raises Busy if it is taken and `wait` is False."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise ValueError(f"{self.path}: another process is training this run") from None
+                raise Busy(f"{self.path}: another process is training this run") from None
+            for left in self.path.glob("*.tmp"):  # by a process killed while it wrote
+                left.unlink()
             yield
 
     def record(self) -> dict | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import records
 from .config import Config
 from .progress import Progress
-from .run_folder import RunFolder
+from .run_folder import Busy, RunFolder
 from .trainer import build_method, fit, method_source, open_data
 
 
@@ -40,21 +40,24 @@ def run(configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title
     for config in configs:
         build_method(config, len(open_data(config)[0].classes))
     bar = Progress(title, 100 * len(configs))
-    found = []
-    for number, config in enumerate(configs):
+    found: dict[int, dict] = {}
+    queue = list(enumerate(configs))
+    busy = 0  # runs in a row that another process, perhaps another notebook, was training
+    while queue:
+        number, config = queue.pop(0)
 
-        def show(done: int, total: int, text: str, number: int = number, config: Config = config) -> None:
+        def show(done: int, total: int, text: str, config: Config = config) -> None:
             name = f"{config.method}, draw {config.draw}: step {done}/{total} {text}"
-            bar.update(100 * number + round(100 * done / total), f"run {number + 1} of {len(configs)}, {name}")
+            bar.update(100 * len(found) + round(100 * done / total), name)
 
-        outdated = (record := RunFolder(out, config).record()) and record["method_source"] != method_source(config.method)
-        if gpus and (record is None or outdated):
-            _launch(config, out, gpus, bool(outdated), show)
-            record = RunFolder(out, config).record()
-        else:
-            record = fit(config, out=out, resume=not outdated, restart=bool(outdated), wait=True, progress=show)
-        found.append(record)
-        bar.update(100 * (number + 1))
+        try:
+            found[number] = _finish(config, out, gpus, wait=busy > len(queue), show=show)
+            busy = 0
+        except Busy:
+            queue.append((number, config))  # take another one meanwhile
+            busy += 1
+        bar.update(100 * len(found))
+    results = [found[number] for number in range(len(configs))]
     described = [
         {
             "run_id": r["run_id"],
@@ -64,10 +67,23 @@ def run(configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title
             "device": r["device"],
             "seconds": r["seconds"],
         }
-        for r in found
+        for r in results
     ]
-    bar.close(f"{len(found)} runs done", {"s4": {"runs": described}})
-    return found
+    bar.close("done", {"s4": {"runs": described}})
+    return results
+
+
+def _finish(config: Config, out: Path, gpus: int, wait: bool, show: Callable[[int, int, str], None]) -> dict:
+    """The record of one run, trained if there is none that its method's present file has made."""
+    record = RunFolder(out, config).record()
+    fresh = record is not None and record["method_source"] == method_source(config.method)
+    if fresh:
+        return record
+    outdated = record is not None
+    if gpus:
+        _launch(config, out, gpus, outdated, show)
+        return RunFolder(out, config).record()
+    return fit(config, out=out, resume=not outdated, restart=outdated, wait=wait, progress=show)
 
 
 def metrics(config: Config, out: str | Path = "") -> list[dict]:

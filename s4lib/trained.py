@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> 
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
     state = read_tensors(folder / f"{checkpoint}.pt")
-    method = build_method(config, len(DATASETS[config.dataset].classes))
+    method = build_method(replace(config, weights=""), len(DATASETS[config.dataset].classes))
     try:
         method.load_state_dict(state["method"] if checkpoint == "last" else state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:

@@ -65,7 +65,7 @@ def build_method(config: Config, classes: int) -> Method:
         raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {', '.join(valid) or 'none'}")
     torch.manual_seed(config.seed)
     method = kind(lambda: build_net(config.net, classes, weights=config.weights, **config.net_args), **arguments)
-    return method.to(memory_format=torch.channels_last)
+    return method.to(memory_format=torch.channels_last).train()  # puts teachers into their mode
 
 
 def network_of(method: Method) -> torch.nn.Module:
@@ -174,6 +174,7 @@ class Run:
             first = self._restore()
         elif self.main:
             self.folder.create()
+            self.folder.cut_metrics(0)  # lines of an attempt that died before its first checkpoint
         distributed.barrier()
         total = self.steps
         text, began = "", time.monotonic() - self.seconds
@@ -248,6 +249,7 @@ class Run:
         return " ".join(f"{name} {value:.1f}" for name, value in mious.items()) + " mIoU"
 
     def _save(self, step: int) -> None:
+        self.sums = {name: distributed.mean(value) for name, value in self.sums.items()}
         if self.main:
             state = {
                 "step": step,

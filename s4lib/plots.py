@@ -1,0 +1,160 @@
+"""Every figure of the book is one function here, in one style. Each returns the matplotlib figure.
+
+Colours of methods are fixed (`METHOD_COLORS`), so that a method looks the same in every chapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+METHOD_COLORS = {
+    "supervised": "#6e7178",
+    "pseudo_label": "#98631b",
+    "mean_teacher": "#4a77c4",
+    "cutmix_seg": "#d1495b",
+}
+VOID_COLOR = (235, 235, 235)
+STYLE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "image.interpolation": "nearest",
+}
+
+
+def use_style() -> None:
+    """The book's look; in a notebook, figures become SVG."""
+    sns.set_theme(style="ticks", rc=STYLE)
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if "inline" in mpl.get_backend():
+        set_matplotlib_formats("svg")
+
+
+def color_of(method: str) -> str:
+    spare = sns.color_palette("deep").as_hex()
+    return METHOD_COLORS.get(method, spare[sum(map(ord, method)) % len(spare)])
+
+
+def as_colors(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 picture of class indices (H, W); void is light grey."""
+    lookup = np.full((256, 3), VOID_COLOR, dtype=np.uint8)
+    lookup[: len(colors)] = colors
+    return lookup[np.asarray(label)]
+
+
+def grid(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    *,
+    classes: Sequence[str] = (),
+    colors: np.ndarray | None = None,
+    height: float = 1.25,
+) -> Figure:
+    """Pictures in labelled rows: (H, W, 3) uint8 as they are, (H, W) maps in [0, 1] as heat.
+
+    `classes` and their `colors` (K, 3) add a legend below.
+    """
+    columns = max(map(len, rows.values()))
+    first = next(iter(rows.values()))[0]
+    width = height * first.shape[1] / first.shape[0]
+    legend = 0.5 if len(classes) else 0
+    size = (columns * width + 1.1, len(rows) * height + legend)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        for axis, picture in zip(line, pictures, strict=False):
+            heat = picture.ndim == 2
+            axis.imshow(picture, **({"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}))
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    if len(classes):
+        patches = [Patch(color=np.array(c) / 255, label=name) for name, c in zip(classes, colors, strict=True)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8)
+    return figure
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    *,
+    xlabel: str = "step",
+    ylabel: str = "mIoU (%)",
+    palette: Mapping[str, str] | None = None,
+) -> Figure:
+    """One thick mean line per name over thin lines of its runs; each run is (x, y)."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    for name, runs in lines.items():
+        color = (palette or {}).get(name) or color_of(name)
+        for x, y in runs:
+            axis.plot(x, y, color=color, alpha=0.25 if len(runs) > 1 else 1, linewidth=1 if len(runs) > 1 else 1.8)
+        if len(runs) > 1:
+            axis.plot(runs[0][0], np.mean([y for _, y in runs], axis=0), color=color)
+        axis.plot([], [], color=color, label=name if len(runs) == 1 else f"{name} (mean of {len(runs)})")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    return figure
+
+
+def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)") -> Figure:
+    """One line per label draw across methods: {method: {draw: value}}. What matters is the slope within a line."""
+    figure, axis = plt.subplots(figsize=(1.6 + 1.35 * len(scores), 3.4))
+    names = list(scores)
+    draws = sorted(set.intersection(*(set(v) for v in scores.values())))
+    for draw in draws:
+        values = [scores[name][draw] for name in names]
+        axis.plot(names, values, color="#8888", linewidth=1)
+        axis.annotate(f"draw {draw}", (len(names) - 1, values[-1]), (6, 0), textcoords="offset points", fontsize=7)
+    for i, name in enumerate(names):
+        values = [scores[name][draw] for draw in draws]
+        axis.scatter([i] * len(values), values, color=color_of(name), zorder=3, s=28)
+        axis.hlines(np.mean(values), i - 0.22, i + 0.22, color=color_of(name), linewidth=3)
+    axis.set(ylabel=ylabel, xlim=(-0.4, len(names) - 0.45))
+    return figure
+
+
+def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> Figure:
+    """IoU of every class, one group of bars per class: {method: [% per class]}."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.2))
+    width = 0.8 / len(iou)
+    at = np.arange(len(classes))
+    for i, (name, values) in enumerate(iou.items()):
+        values = [np.nan if v is None else v for v in values]
+        axis.bar(at + (i - (len(iou) - 1) / 2) * width, values, width, color=color_of(name), label=name)
+    axis.set_xticks(at, classes, rotation=30, ha="right")
+    axis.set(ylabel="IoU (%)")
+    axis.grid(axis="x", visible=False)
+    axis.legend(ncols=len(iou), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def reliability(bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+    """Accuracy against confidence, and how many pixels lie where: {name: (confidence, accuracy, share)} per bin."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 4.6), sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color="#8888", linestyle="--", linewidth=1, label="calibrated")
+    for name, (confidence, accuracy, share) in bins.items():
+        top.plot(confidence, accuracy, marker="o", markersize=4, color=color_of(name), label=name)
+        bottom.plot(confidence, share, marker="o", markersize=4, color=color_of(name))
+    top.set(ylabel="accuracy", ylim=(0, 1))
+    bottom.set(xlabel="confidence", ylabel="share of pixels", xlim=(0, 1), ylim=(0, None))
+    top.legend()
+    return figure
