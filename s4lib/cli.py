@@ -1,9 +1,11 @@
-"""The `s4` command. `s4 COMMAND --help` explains each; bad input is one line on standard error and exit code 2.
+"""The `s4` command. `s4 COMMAND --help` explains each; bad input is one line on standard error and
+exit code 2.
 
 s4 train --protocol mosaic-32 --method mean_teacher     train one run; --resume continues it
 s4 eval RUN --part test                                 evaluate a trained run's networks
 s4 predict RUN photo.jpg folder/ --out maps             class maps of any images
-s4 methods [NAME]                                       what can be trained; a method's hyper-parameters
+s4 methods [NAME]                                       what can be trained; a method's
+hyper-parameters
 s4 book [NOTEBOOK ...] --profile quick                  run notebooks and compile the book
 """
 
@@ -27,14 +29,24 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         text = " ".join(str(ex or message).split())
-        text = re.sub(r"^Parser key \"(.+?)\": Expected an? <class '(.+?)'>. Got value: (.*)", r"\1='\3': expected \2", text)
+        text = re.sub(
+            r"^Parser key \"(.+?)\": Expected an? <class '(.+?)'>. Got value: (.*)",
+            r"\1='\3': expected \2",
+            text,
+        )
         raise ValueError(f"{text[:400]} (`{self.prog} --help` lists what is valid)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "eval": evaluate_run, "predict": predict, "methods": methods, "book": book}
+    commands = {
+        "train": train,
+        "eval": evaluate_run,
+        "predict": predict,
+        "methods": methods,
+        "book": book,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0
@@ -45,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("S4_DEBUG"):
             raise
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        where = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else error
+        )
         print(f"s4: {where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -62,13 +78,28 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
 
     The protocol gives the defaults; a YAML file changes them; flags change both.
     """
-    parser = _parser("train", "Train one run. Protocol first, then --config files, then flags decide each value.")
-    parser.add_argument("--config", action="config", help="YAML file of any of these options (papermill -f takes it too)")
-    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="with dataset, names the protocol")
+    parser = _parser(
+        "train", "Train one run. Protocol first, then --config files, then flags decide each value."
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of any of these options (papermill -f takes it too)",
+    )
+    parser.add_argument(
+        "--profile",
+        default="quick",
+        choices=list(PROFILES),
+        help="with dataset, names the protocol",
+    )
     parser.add_argument("--out", default="runs", help="folder of all runs")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
-    parser.add_argument("--restart", action="store_true", help="throw away what there is of this run")
-    parser.add_argument("--gpus", type=int, default=0, help="processes to start through torchrun; 0 is this one")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what there is of this run"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="processes to start through torchrun; 0 is this one"
+    )
     parser.add_class_arguments(Config, as_group=False)
     parser.set_defaults(protocol="")
     first = parser.parse_args(arguments)
@@ -77,16 +108,19 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
         raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}")
     parser.set_defaults({"protocol": name, **PROTOCOLS[name]})
     values = parser.parse_args(arguments).as_dict()
-    options = {key: values.pop(key) for key in ("config", "profile", "out", "resume", "restart", "gpus")}
+    options = {
+        key: values.pop(key) for key in ("config", "profile", "out", "resume", "restart", "gpus")
+    }
     return Config.from_dict({**values, "protocol": name}), jsonargparse.Namespace(options)
 
 
 def train(arguments: list[str]) -> int:
     config, options = train_config(arguments)
     from . import distributed
+    from .build import build_method, open_data
     from .progress import Progress
     from .records import score
-    from .trainer import build_method, fit, open_data
+    from .trainer import fit
 
     if options.gpus > 1 and not distributed.launched():
         build_method(config, len(open_data(config)[0].classes))  # complain before processes start
@@ -102,7 +136,9 @@ def train(arguments: list[str]) -> int:
             bar.update(done, text)
 
     try:
-        record = fit(config, out=options.out, resume=options.resume, restart=options.restart, progress=show)
+        record = fit(
+            config, out=options.out, resume=options.resume, restart=options.restart, progress=show
+        )
     finally:
         if bar:
             bar.close()
@@ -120,7 +156,9 @@ def evaluate_run(arguments: list[str]) -> int:
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last")
     parser.add_argument("--part", choices=["train", "val", "test"], default="val")
-    parser.add_argument("--data_root", default="", help="where the dataset lies now, if it has moved")
+    parser.add_argument(
+        "--data_root", default="", help="where the dataset lies now, if it has moved"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     from . import trained
@@ -130,18 +168,29 @@ def evaluate_run(arguments: list[str]) -> int:
     run = trained.load(options.run, options.checkpoint, options.device)
     root = options.data_root or run.config.data_root
     images = open_dataset(run.config.dataset, options.part, root=root, size=run.config.size or None)
-    matrices = confusion_matrices(evaluated(run.method), images, range(len(images)), run.normalise, run.device)
+    matrices = confusion_matrices(
+        evaluated(run.method), images, range(len(images)), run.normalise, run.device
+    )
     results = scores(matrices)
     width = max(map(len, images.classes))
     print(" " * width, *(f"{name:>10}" for name in results))
     for i, name in enumerate(images.classes):
-        print(f"{name:{width}}", *(f"{r['iou'][i]:10.2f}" if r["iou"][i] is not None else f"{'-':>10}" for r in results.values()))
+        print(
+            f"{name:{width}}",
+            *(
+                f"{r['iou'][i]:10.2f}" if r["iou"][i] is not None else f"{'-':>10}"
+                for r in results.values()
+            ),
+        )
     print(f"{'mIoU':{width}}", *(f"{r['miou']:10.2f}" for r in results.values()))
     return 0
 
 
 def predict(arguments: list[str]) -> int:
-    parser = _parser("predict", "Class maps of images: NAME.png holds indices (with a palette), NAME_color.png colours.")
+    parser = _parser(
+        "predict",
+        "Class maps of images: NAME.png holds indices (with a palette), NAME_color.png colours.",
+    )
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("inputs", nargs="+", help="image files and folders of images")
     parser.add_argument("--out", default="predictions", help="folder for the maps")
@@ -180,7 +229,7 @@ def methods(arguments: list[str]) -> int:
         if p.kind is p.KEYWORD_ONLY:
             print(f"{p.name}: {p.annotation} = {p.default!r}")
     for preset, values in kind.presets.items():
-        print(f"preset {preset}: {', '.join(f'{k}={v!r}' for k, v in values.items()) or 'the defaults'}")
+        print(f"preset {preset}:", ", ".join(f"{k}={v!r}" for k, v in values.items()) or "defaults")
     return 0
 
 
@@ -189,7 +238,9 @@ def book(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", default=[], help="notebooks to run; none means all")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
     parser.add_argument("-f", "--file", default="", help="YAML file of parameters")
     parser.add_argument("--no-html", action="store_true", help="run the notebooks only")
     options = parser.parse_args(arguments)
@@ -199,9 +250,14 @@ def book(arguments: list[str]) -> int:
 
     try:
         given = yaml.safe_load(Path(options.file).read_text()) if options.file else {}
-        given = {**(given or {}), **{name: yaml.safe_load(value) for name, value in options.parameter}}
+        given = {
+            **(given or {}),
+            **{name: yaml.safe_load(value) for name, value in options.parameter},
+        }
     except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"{options.file}: not a YAML file of parameters ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{options.file}: not a YAML file of parameters ({str(error).splitlines()[0]})"
+        ) from error
     profile = given.pop("profile", options.profile)
     return build(options.names, profile, given, options.jobs, not options.no_html)
 

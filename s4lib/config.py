@@ -1,7 +1,8 @@
-"""One frozen `Config` says everything that decides a run's numbers; `PROTOCOLS` are named starting points.
+"""One frozen `Config` says everything that decides a run's numbers; `PROTOCOLS` are named starting
+points.
 
-    config = protocol("mosaic-32", method="mean_teacher", draw=1)
-    config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run's folder
+config = protocol("mosaic-32", method="mean_teacher", draw=1)
+config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run's folder
 """
 
 from __future__ import annotations
@@ -104,7 +105,17 @@ class Config:
         for name in ("epochs", "batch", "unlabeled_batch", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
-        for name in ("labeled", "draw", "unlabeled", "eval_images", "seed", "clip", "lr", "weight_decay", "jitter"):
+        for name in (
+            "labeled",
+            "draw",
+            "unlabeled",
+            "eval_images",
+            "seed",
+            "clip",
+            "lr",
+            "weight_decay",
+            "jitter",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
 
@@ -113,7 +124,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
-        """The inverse of `to_dict`. Raises ValueError for a key or value that a Config cannot have."""
+        """The inverse of `to_dict`. Raises ValueError for a key or value that a Config cannot
+        have."""
         valid = [f.name for f in fields(cls)]
         unknown = [key for key in values if key not in valid]
         if unknown:
@@ -122,8 +134,13 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """Of every field that can change a number; where files lie and what computes does not count."""
-        values = {k: v for k, v in self.to_dict().items() if k not in ("data_root", "device", "tensorboard")}
+        """Of every field that can change a number; where files lie and what computes does not
+        count."""
+        values = {
+            k: v
+            for k, v in self.to_dict().items()
+            if k not in ("data_root", "device", "tensorboard")
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -133,7 +150,8 @@ class Config:
 
 
 def _checked(name: str, value: object, kind: object) -> object:
-    """`value` as `kind` (int to float, list to tuple are the only conversions); ValueError otherwise."""
+    """`value` as `kind` (int to float, list to tuple are the only conversions); ValueError
+    otherwise."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if value not in arguments:
@@ -161,7 +179,13 @@ PROTOCOLS: types.MappingProxyType[str, dict] = types.MappingProxyType(
         "mosaic-32": {**_MOSAIC, "labeled": 32},
         "mosaic-64": {**_MOSAIC, "labeled": 64},
         "camvid-smoke": {**_CAMVID, **_SMOKE, "size": (60, 80)},
-        "camvid-quick": {**_CAMVID, "size": (120, 160), "crop": (96, 128), "epochs": 8, "eval_every": 2},
+        "camvid-quick": {
+            **_CAMVID,
+            "size": (120, 160),
+            "crop": (96, 128),
+            "epochs": 8,
+            "eval_every": 2,
+        },
         "camvid-23": {
             **_CAMVID,
             "size": (180, 240),
@@ -195,12 +219,15 @@ def protocol(name: str, **changes) -> Config:
 
 
 def profile_protocol(profile: str, dataset: str) -> str:
-    """Name of the protocol that a profile means for a dataset. Raises ValueError with the valid values."""
+    """Name of the protocol that a profile means for a dataset. Raises ValueError with the valid
+    values."""
     if profile not in PROFILES:
         raise ValueError(f"profile={profile!r}: choose one of {', '.join(PROFILES)}")
     if dataset not in PROFILES[profile]:
         known = sorted({d for datasets in PROFILES.values() for d in datasets})
         if dataset not in known:
             raise ValueError(f"dataset={dataset!r}: choose one of {', '.join(known)}")
-        raise ValueError(f"profile={profile!r} is for dataset {', '.join(PROFILES[profile])}, not {dataset!r}")
+        raise ValueError(
+            f"profile={profile!r} is for dataset {', '.join(PROFILES[profile])}, not {dataset!r}"
+        )
     return PROFILES[profile][dataset]

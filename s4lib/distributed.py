@@ -1,4 +1,5 @@
-"""Several processes under `torchrun`: start, average gradients, agree; all of it idle in a single process."""
+"""Several processes under `torchrun`: start, average gradients, agree; all of it idle in a single
+process."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def launched() -> bool:
 
 
 def start(device: str) -> torch.device:
-    """Resolve `device` ("auto", "cpu", "cuda", "cuda:1") and join torchrun's process group if there is one.
+    """Resolve `device` ("auto", "cpu", "cuda", "cuda:1") and join torchrun's process group if there
+    is one.
 
     Raises:
         ValueError: no device, or CUDA is asked for and absent.
@@ -24,12 +26,15 @@ def start(device: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device={device!r}: choose auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch finds no CUDA device here: use device=cpu or device=auto")
+        raise ValueError(
+            f"device={device!r}, but torch finds no CUDA device here: use device=cpu or device=auto"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # One thread adds in one order, so that results do not depend on a machine's cores; and two runs side
-        # by side, each with as many threads as cores, are many times slower than with one each.
+        # One thread adds in one order, so that results do not depend on a machine's cores; and two
+        # runs side by side, each with as many threads as cores, are many times slower than with one
+        # each.
         torch.set_num_threads(1)
     if launched():
         if device.startswith("cuda"):
@@ -98,20 +103,21 @@ def broadcast(module: nn.Module) -> None:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """BN over the global batch: torch's SyncBatchNorm on CUDA, ours on CPU, which torch's refuses."""
+    """BN over the global batch: torch's SyncBatchNorm on CUDA, ours on CPU, which torch's
+    refuses."""
     if world() == 1:
         return module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                child.__class__ = _synchronised(type(child))
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.__class__ = _synchronised(type(child))
     return module
 
 
 def _synchronised(kind: type) -> type:
-    """`kind` (BatchNorm2d or a timm subclass that adds an activation) with statistics over all processes."""
+    """`kind` (BatchNorm2d or a timm subclass that adds an activation) with statistics over all
+    processes."""
     if not issubclass(kind, _SyncStatistics):
         kind = type(f"Sync{kind.__name__}", (_SyncStatistics, kind), {})
     return kind

@@ -16,10 +16,14 @@ from .metrics import confusion, iou, miou
 BATCH = 32
 
 
-def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
+def normaliser(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """A function from uint8 RGB (B, 3, H, W) to what a network with this mean and std expects."""
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-    return lambda image: ((image.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    return lambda image: ((image.to(device).float() / 255 - mean) / std).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def evaluated(method: Method) -> dict[str, nn.Module]:
@@ -42,7 +46,9 @@ def confusion_matrices(
     """
     modes = {name: net.training for name, net in networks.items()}
     classes = len(images.classes)
-    sums = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks}
+    sums = {
+        name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in networks
+    }
     for net in networks.values():
         net.eval()
     mine = list(indices)[distributed.rank() :: distributed.world()]
@@ -61,6 +67,9 @@ def confusion_matrices(
 def scores(matrices: dict[str, Tensor]) -> dict[str, dict]:
     """{network: {"miou": %, "iou": [% per class, None where absent]}} of confusion matrices."""
     return {
-        name: {"miou": round(miou(m), 4), "iou": [None if v != v else round(v, 4) for v in iou(m).tolist()]}
+        name: {
+            "miou": round(miou(m), 4),
+            "iou": [None if v != v else round(v, 4) for v in iou(m).tolist()],
+        }
         for name, m in matrices.items()
     }

@@ -7,6 +7,7 @@ cell has run; what a failed one got done is kept beside it as `<name>.failed.ipy
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,23 +107,31 @@ def _finish(job: Job) -> bool:
 
 def explain(job: Job, root: Path) -> str:
     """Which cell of a failed job raised what, and where to read more."""
-    cell, error = "", ""
-    with suppress(OSError, ValueError):
-        done = json.loads(job.failed.read_text("utf8"))["cells"]
-        ids = [c.get("id") for c in json.loads(job.source.read_text("utf8"))["cells"]]
-        for at in done:
-            for output in at.get("outputs", []):
-                if output["output_type"] == "error" and not cell:
-                    number = ids.index(at["id"]) + 1 if at.get("id") in ids else "?"
-                    cell = f", cell {number} ({at.get('id')})"
-                    error = f"{output['ename']}: {output['evalue']}".splitlines()[0]
+    where, error = _first_error(job)
     if not error:
-        lines = job.log.read_text("utf8", errors="replace").split("\n") if job.log.exists() else []
+        lines = job.log.read_text("utf8", errors="replace").splitlines()
         error = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         if job.process.returncode < 0:
             error = f"killed by signal {-job.process.returncode}; the log ends with: {error}"
-    text = f"{job.source.relative_to(root)}{cell}: {error}\n  log  {job.log.relative_to(root)}"
+    text = f"{job.source.relative_to(root)}{where}: {error}\n  log  {job.log.relative_to(root)}"
     return text + (f"\n  kept {job.failed.relative_to(root)}" if job.failed.exists() else "")
+
+
+def _first_error(job: Job) -> tuple[str, str]:
+    """Cell and message of the first error in what a failed job left; empty if there is none."""
+    try:
+        cells = json.loads(job.failed.read_text("utf8"))["cells"]
+    except (OSError, ValueError):
+        return "", ""
+    ids = [cell.get("id") for cell in json.loads(job.source.read_text("utf8"))["cells"]]
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                name = cell.get("id")
+                number = ids.index(name) + 1 if name in ids else "?"
+                message = f"{output['ename']}: {output['evalue']}".splitlines()[0]
+                return f", cell {number} ({name})", message
+    return "", ""
 
 
 def stop(processes: list[subprocess.Popen], patience: float = 10.0) -> None:
@@ -194,8 +203,8 @@ def _show(running: list[Job], done: int, total: int) -> None:
         now = time.monotonic()
         parts = [f"{job.name} {clock(now - job.started)}" for job in running]
         line = f"  {done}/{total} done, running: {', '.join(parts)}"
-        width = os.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
 
 
 def say(text: str) -> None:

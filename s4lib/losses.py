@@ -1,7 +1,7 @@
 """Losses as functions of logits (B, K, H, W), float or half; all arithmetic is in float32.
 
-Every mean divides by a count taken over *all* processes, so that a loss, and with it the averaged gradient,
-does not depend on how many processes share the batch.
+Every mean divides by a count taken over *all* processes, so that a loss, and with it the averaged
+gradient, does not depend on how many processes share the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import distributed
-from .method import IGNORE
+from .method import IGNORE, one_of
 
 
 def _mean(value: Tensor, count: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def ce(
         label: (B, H, W) int64; IGNORE takes no part.
         keep: (B, H, W) bool, the pixels that count; None keeps all.
         weight: (B, H, W) float, a factor per pixel.
-        over: what the sum is divided by, where published methods differ: "kept" pixels, "valid" pixels
-            (label is not IGNORE), or "all" pixels.
+        over: what the sum is divided by, where published methods differ: "kept" pixels, "valid"
+            pixels (label is not IGNORE), or "all" pixels.
 
     Raises:
         ValueError: unknown `over`.
@@ -42,20 +42,22 @@ def ce(
     valid = label != IGNORE
     kept = valid if keep is None else valid & keep
     counted = {"kept": kept, "valid": valid, "all": torch.ones_like(valid)}
-    if over not in counted:
-        raise ValueError(f"over={over!r}: choose kept, valid or all")
+    one_of("over", over, *counted)
     loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
     loss = torch.where(kept, loss, 0)  # not loss * kept: infinity times zero is NaN
     return _mean(loss if weight is None else loss * weight, counted[over])
 
 
-def mse(logits: Tensor, probs: Tensor, *, valid: Tensor | None = None, classes: str = "mean") -> Tensor:
-    """Squared difference between softmax(logits) and `probs` (B, K, H, W), mean over the valid pixels.
+def mse(
+    logits: Tensor, probs: Tensor, *, valid: Tensor | None = None, classes: str = "mean"
+) -> Tensor:
+    """Squared difference between softmax(logits) and `probs` (B, K, H, W), mean over the valid
+    pixels.
 
-    Over classes, "mean" is Mean Teacher's convention and "sum" that of French et al.: they differ by K.
+    Over classes, "mean" is Mean Teacher's convention and "sum" that of French et al.: they differ
+    by K.
     """
-    if classes not in ("mean", "sum"):
-        raise ValueError(f"classes={classes!r}: choose mean or sum")
+    one_of("classes", classes, "mean", "sum")
     difference = (logits.float().softmax(1) - probs.float()).square()
     difference = difference.mean(1) if classes == "mean" else difference.sum(1)
     valid = torch.ones_like(difference, dtype=torch.bool) if valid is None else valid

@@ -1,4 +1,4 @@
-"""The words every method is written in: `Batch`, `Clock`, `Method`, `joint`, `frozen_copy`, `ema`."""
+"""The words methods are written in: `Batch`, `Clock`, `Method`, `joint`, `frozen_copy`, `ema`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IGNORE = 255  # the label of void and of padding: out of every loss and every me
 
 
 class Batch(NamedTuple):
-    """One step's data, on the device. B labeled and U unlabeled images (a method that wants none gets U = 0)."""
+    """One step's data on the device: B labeled, U unlabeled images (0 if the method wants none)."""
 
     image: Tensor  # labeled, weak view              (B, 3, H, W) float, normalised
     label: Tensor  # its annotation, IGNORE = void   (B, H, W) int64
@@ -45,23 +45,24 @@ class Clock:
         return self.step / self.steps
 
 
-# minimize(loss, *nets): one optimizer update of exactly these networks. Returns False while gradients are
-# still being accumulated, so that what follows an update (EMA) happens once per update.
+# minimize(loss, *nets): one optimizer update of exactly these networks. Returns False while
+# gradients are still being accumulated, so that what follows an update (EMA) happens once per
+# update.
 Minimize = Callable[..., bool]
 
 
 class Method(nn.Module):
-    """A semi-supervised method: its children are its networks, `step` is how they learn, `forward` is deployed.
+    """Its children are its networks, `step` is how they learn, `forward` is what is deployed.
 
-    Subclasses take `build` (a function that returns a fresh `SegNet`) and keyword-only hyper-parameters
-    whose defaults are the paper's values. Anything remembered between steps must be a buffer, so that
-    `state_dict` is the whole state.
+    Subclasses take `build` (a function that returns a fresh `SegNet`) and keyword-only
+    hyper-parameters whose defaults are the paper's values. Anything remembered between steps must
+    be a buffer, so that `state_dict` is the whole state.
     """
 
     strong_views: ClassVar[int] = 0  # photometric versions wanted of each unlabeled crop
     uses_unlabeled: ClassVar[bool] = True
     deployed: ClassVar[str] = "student"  # the child that `forward` runs
-    batch_statistics: tuple[str, ...] = ()  # frozen children that normalise by the batch, not by running statistics
+    batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
 
     def step(self, batch: Batch, clock: Clock, minimize: Minimize) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ class Method(nn.Module):
         return self.get_submodule(self.deployed)(image)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network by name (`student`, `teacher`, `students.0` ...): each is evaluated and recorded."""
+        """Every network by name (`student`, `students.0` ...): each is evaluated and recorded."""
         found = {}
         for name, child in self.named_children():
             if isinstance(child, nn.ModuleList):
@@ -83,12 +84,19 @@ class Method(nn.Module):
         return found
 
     def train(self, mode: bool = True):
-        """As in torch, but frozen children (teachers) stay in evaluation mode unless in `batch_statistics`."""
+        """As in torch, but frozen children stay in eval mode unless in `batch_statistics`."""
         super().train(mode)
         for name, child in self.named_children():
             if name not in self.batch_statistics and not trainable(child):
                 child.eval()
         return self
+
+
+def one_of(name: str, value: str, *valid: str) -> str:
+    """`value`, if it is valid. Raises ValueError, naming the valid ones, if not."""
+    if value not in valid:
+        raise ValueError(f"{name}={value!r}: choose {' or '.join(valid)}")
+    return value
 
 
 def trainable(net: nn.Module) -> bool:
@@ -107,13 +115,13 @@ def joint(net: nn.Module, *images: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def ema(target: nn.Module, source: nn.Module, decay: float, buffers: str = "copy") -> None:
-    """target <- decay * target + (1 - decay) * source, in place (Tarvainen and Valpola 2017, eq. 3).
+    """target <- decay * target + (1 - decay) * source, in place (Tarvainen and Valpola, eq. 3).
 
-    `buffers` says what becomes of BN statistics, on which released codes differ: "copy" takes the source's,
-    "ema" averages floating-point ones like parameters and copies counters, "keep" leaves the target's own.
+    `buffers` says what becomes of BN statistics, on which released codes differ: "copy" takes the
+    source's, "ema" averages floating-point ones like parameters and copies counters, "keep" leaves
+    the target's own.
     """
-    if buffers not in ("copy", "ema", "keep"):
-        raise ValueError(f"buffers={buffers!r}: choose copy, ema or keep")
+    one_of("buffers", buffers, "copy", "ema", "keep")
     average = list(zip(target.parameters(), source.parameters(), strict=True))
     for t, s in zip(target.buffers(), source.buffers(), strict=True):
         if buffers == "ema" and t.is_floating_point():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import IGNORE
+from .method import IGNORE, one_of
 
 
 def confusion(label: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """(K, K) int64 counts, rows truth, columns prediction; pixels whose truth is IGNORE do not count."""
+    """(K, K) int64 counts, rows truth, columns prediction; pixels whose truth is IGNORE do not
+    count."""
     valid = truth != IGNORE
     cells = truth[valid].long() * classes + label[valid].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
@@ -25,13 +26,13 @@ def iou(matrix: Tensor) -> Tensor:
 def miou(matrix: Tensor, absent: str = "skip") -> float:
     """Mean IoU over classes in percent.
 
-    Released codes disagree on a class that occurs in neither truth nor prediction: "skip" leaves it out
+    Released codes disagree on a class that occurs in neither truth nor prediction: "skip" leaves it
+        out
     (ST++), "zero" counts it as 0 (U2PL, UniMatch).
 
     Raises:
         ValueError: unknown `absent`.
     """
-    if absent not in ("skip", "zero"):
-        raise ValueError(f"absent={absent!r}: choose skip or zero")
+    one_of("absent", absent, "skip", "zero")
     values = iou(matrix)
     return float(values.nanmean() if absent == "skip" else values.nan_to_num(0).mean())

@@ -1,4 +1,5 @@
-"""`minimize(loss, *nets)`: one optimizer per trainable child of a method, one learning-rate rule for all."""
+"""`minimize(loss, *nets)`: one optimizer per trainable child of a method, one learning-rate rule
+for all."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .schedules import poly
 class Minimizer:
     """Zero gradients, backward into exactly the given networks, average over processes, update.
 
-    With `accumulate` > 1 it only adds up gradients, and returns False, until the last batch of an update.
+    With `accumulate` > 1 it only adds up gradients, and returns False, until the last batch of an
+    update.
     """
 
     def __init__(self, method: Method, config: Config, device: torch.device):
@@ -48,7 +50,9 @@ class Minimizer:
     def __call__(self, loss: Tensor, *nets: nn.Module) -> bool:
         names = [name for name, net in self.nets.items() if any(net is n for n in nets)]
         if len(names) != len(nets):
-            raise ValueError(f"minimize: choose among the trainable children {', '.join(self.nets)}")
+            raise ValueError(
+                f"minimize: choose among the trainable children {', '.join(self.nets)}"
+            )
         # Remember the first step with a bad loss without waiting for the device to compute it.
         fine = torch.isfinite(loss.detach()) | (self.first_bad_step >= 0)
         self.first_bad_step = torch.where(fine, self.first_bad_step, self.step)
@@ -72,7 +76,9 @@ class Minimizer:
         bad = int(self.first_bad_step)
         if distributed.any_process(bad >= 0, self.first_bad_step.device):
             where = f"at step {bad}" if bad >= 0 else f"before step {self.step}, on another process"
-            raise FloatingPointError(f"the loss is not a finite number {where}; try a smaller lr, or clip")
+            raise FloatingPointError(
+                f"the loss is not a finite number {where}; try a smaller lr, or clip"
+            )
 
     def state_dict(self) -> dict:
         optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}

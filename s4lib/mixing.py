@@ -24,7 +24,9 @@ class Mix:
         return torch.where(mask, x[self.partner], x)
 
 
-def cutmix(like: Tensor, area: tuple[float, float] = (0.5, 0.5), aspect: tuple[float, float] | None = None) -> Mix:
+def cutmix(
+    like: Tensor, area: tuple[float, float] = (0.5, 0.5), aspect: tuple[float, float] | None = None
+) -> Mix:
     """One box per image, pasted from the next image of the batch (from itself if it is alone).
 
     Args:
@@ -47,6 +49,6 @@ def cutmix(like: Tensor, area: tuple[float, float] = (0.5, 0.5), aspect: tuple[f
     width = (share / high * w).round().clamp(max=w)
     top, left = (u[:, 2] * (h - height + 1)).floor(), (u[:, 3] * (w - width + 1)).floor()
     y, x = torch.arange(h)[:, None], torch.arange(w)
-    inside = lambda at, start, size: (at >= start[:, None, None]) & (at < (start + size)[:, None, None])  # noqa: E731
-    mask = inside(y, top, height) & inside(x, left, width)
+    top, bottom, left, right = (v[:, None, None] for v in (top, top + height, left, left + width))
+    mask = (y >= top) & (y < bottom) & (x >= left) & (x < right)
     return Mix(mask.to(like.device), torch.arange(b, device=like.device).roll(-1))

@@ -1,13 +1,13 @@
-"""`SegNet`: any timm encoder that gives features, and a DeepLabV3+ decoder (Chen et al., ECCV 2018).
+"""`SegNet`: any timm encoder that gives features, and a DeepLabV3+ decoder (Chen et al., ECCV
+2018).
 
-    net = build_net("light", classes=8)
-    logits = net(image)                           # (B, K, H, W), at input size
-    logits = net(image, perturb=nn.Dropout2d())   # encode -> perturb(features) -> decode
+net = build_net("light", classes=8)
+logits = net(image)                           # (B, K, H, W), at input size
+logits = net(image, perturb=nn.Dropout2d())   # encode -> perturb(features) -> decode
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .method import one_of
+from .weights import first_line, load_encoder
 
 # Networks by name: keyword arguments of SegNet. `light` is the CPU network of the embedded dataset,
 # 0.15 million parameters; the mobilenet is the one that shared small ImageNet weights exist for.
@@ -30,7 +33,13 @@ NETS: dict[str, dict] = {
         "aspp_width": 12,
         "fuse": 1,
     },
-    "tiny": {"encoder": "test_resnet", "output_stride": 8, "width": 16, "low_width": 8, "rates": [2]},
+    "tiny": {
+        "encoder": "test_resnet",
+        "output_stride": 8,
+        "width": 16,
+        "low_width": 8,
+        "rates": [2],
+    },
     "mobilenetv1": {
         "encoder": "mobilenetv1_100",
         "encoder_args": {"pad_type": "same", "bn_eps": 1e-3},
@@ -40,7 +49,12 @@ NETS: dict[str, dict] = {
         "low_width": 24,
         "rates": [2, 4],
     },
-    "deeplabv3plus-resnet18": {"encoder": "resnet18", "output_stride": 16, "width": 128, "rates": [3, 6, 9]},
+    "deeplabv3plus-resnet18": {
+        "encoder": "resnet18",
+        "output_stride": 16,
+        "width": 128,
+        "rates": [3, 6, 9],
+    },
     "deeplabv3plus-resnet50": {"encoder": "resnet50", "output_stride": 16},
     "deeplabv3plus-resnet101": {"encoder": "resnet101", "output_stride": 16},
 }
@@ -53,14 +67,18 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1
 
 
 class Decoder(nn.Module):
-    """ASPP on the deepest feature, fused with a finer one: (low, deep) -> (B, width, h, w) at low's size."""
+    """ASPP on the deepest feature, fused with a finer one: (low, deep) -> (B, width, h, w) at low's
+    size."""
 
-    def __init__(self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int], fuse: int):
+    def __init__(
+        self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int], fuse: int
+    ):
         super().__init__()
         branches = [conv_norm_relu(deep, aspp_width)]
         branches += [conv_norm_relu(deep, aspp_width, 3, rate) for rate in rates]
         self.branches = nn.ModuleList(branches)
-        # No BN after the global mean: it would have one value per image, and none to spare in a batch of one.
+        # No BN after the global mean: it would have one value per image, and none to spare in a
+        # batch of one.
         self.pooled = nn.Conv2d(deep, aspp_width, 1)
         self.project = conv_norm_relu(aspp_width * (len(branches) + 1), width)
         self.low = conv_norm_relu(low, low_width)
@@ -81,7 +99,8 @@ class SegNet(nn.Module):
         classes: number of classes K.
         encoder: a timm model name that supports `features_only`.
         encoder_args: further arguments of that timm model.
-        output_stride: input size / deepest feature size, 8 or 16 where the encoder allows it, 32 otherwise.
+        output_stride: input size / deepest feature size, 8 or 16 where the encoder allows it, 32
+            otherwise.
         skip_stride: stride of the feature that is fused in, 4 in DeepLabV3+.
         deep_index: which timm feature goes to the ASPP; None takes the last.
         width, low_width, aspp_width, rates: decoder sizes; aspp_width 0 means `width`.
@@ -111,8 +130,7 @@ class SegNet(nn.Module):
         pretrained: bool = False,
     ):
         super().__init__()
-        if norm not in ("batch", "group"):
-            raise ValueError(f"norm={norm!r}: choose batch or group")
+        one_of("norm", norm, "batch", "group")
         arguments = {"features_only": True, "pretrained": pretrained, **(encoder_args or {})}
         if output_stride != 32:
             arguments["output_stride"] = output_stride
@@ -124,8 +142,9 @@ class SegNet(nn.Module):
             self.encoder = timm.create_model(encoder, out_indices=(low, deep), **arguments)
         except (RuntimeError, TypeError, AssertionError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"encoder={encoder!r} with output_stride={output_stride}, skip_stride={skip_stride}: timm says "
-                f"{str(error).splitlines()[0]!r}; valid encoders: timm.list_models() with a pyramid of features"
+                f"encoder={encoder!r} with output_stride={output_stride}, "
+                f"skip_stride={skip_stride}: timm says {first_line(error)!r}; valid are "
+                f"timm.list_models() that give a pyramid of features"
             ) from error
         channels = self.encoder.feature_info.channels()
         self.decoder = Decoder(
@@ -139,7 +158,10 @@ class SegNet(nn.Module):
         )
         self.classifier = nn.Conv2d(width, classes, 1)
         info = getattr(self.encoder, "pretrained_cfg", None) or {}
-        self.mean, self.std = tuple(info.get("mean", (0.5,) * 3)), tuple(info.get("std", (0.5,) * 3))
+        self.mean, self.std = (
+            tuple(info.get("mean", (0.5,) * 3)),
+            tuple(info.get("std", (0.5,) * 3)),
+        )
         self.head_keys = info.get("classifier") or "classifier"
         if norm == "group":
             batch_to_group_norm(self)
@@ -160,7 +182,8 @@ class SegNet(nn.Module):
 
 
 def batch_to_group_norm(module: nn.Module) -> None:
-    """Replace every BN, in place, by GroupNorm with the most groups up to 8 that divide its channels."""
+    """Replace every BN, in place, by GroupNorm with the most groups up to 8 that divide its
+    channels."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             groups = max(g for g in range(1, 9) if child.num_features % g == 0)
@@ -172,7 +195,8 @@ def batch_to_group_norm(module: nn.Module) -> None:
 
 
 def build_net(name: str, classes: int, *, weights: str | None = None, **changes) -> SegNet:
-    """A fresh network from NETS, some of its arguments changed, its encoder initialised from `weights`.
+    """A fresh network from NETS, some of its arguments changed, its encoder initialised from
+    `weights`.
 
     Raises:
         ValueError: unknown name, unknown argument, or weights that do not fit.
@@ -190,66 +214,3 @@ def build_net(name: str, classes: int, *, weights: str | None = None, **changes)
     if weights:
         load_encoder(net, Path(weights))
     return net
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or torch file, on the CPU; code inside a pickle is never run.
-
-    Raises:
-        ValueError: missing, truncated, or holding anything but tensors and plain values.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable tensor file ({_first_line(error)})") from error
-    except Exception as error:  # safetensors and pickle raise types of their own
-        raise ValueError(f"{path}: refused, corrupt or not made of plain tensors ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-
-
-def load_encoder(net: SegNet, path: Path) -> None:
-    """Initialise the encoder from a timm classifier's or encoder's state dict.
-
-    Strict: every tensor that reaches an output must be there in its shape, and nothing may be left over but the
-    classifier. (BN's step counters, and blocks behind the last feature used, are not needed.)
-
-    Raises:
-        ValueError: the file belongs to another architecture; names the first keys.
-    """
-    given = read_tensors(path)
-    wanted = net.encoder.state_dict()
-    given = {k: v for k, v in given.items() if not k.startswith(net.head_keys)}
-    unused = _unused_parameters(net)
-    optional = lambda k: k.endswith("num_batches_tracked") or k.rsplit(".", 1)[0] in unused  # noqa: E731
-    missing = [k for k in wanted if k not in given and not optional(k)]
-    extra = [k for k in given if k not in wanted]
-    shapes = [k for k in given if k in wanted and given[k].shape != wanted[k].shape]
-    for what, keys in (("lacks", missing), ("has no place for", extra), ("has other shapes for", shapes)):
-        if keys:
-            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-            verb = "the encoder has no place for" if what.startswith("has no") else f"the file {what}"
-            raise ValueError(
-                f"{path}: weights of another architecture: {verb} {', '.join(keys[:2])}{more}; "
-                f"expected timm {net.encoder.__class__.__name__} with {len(wanted)} tensors"
-            )
-    net.encoder.load_state_dict({**wanted, **given})
-
-
-def _unused_parameters(net: SegNet) -> set[str]:
-    """Names of the encoder's modules whose parameters reach no output."""
-    training = net.encoder.training
-    net.encoder.eval()
-    sum(f.sum() for f in net.encoder(torch.zeros(1, 3, 64, 64))).backward()
-    unused = {n.rsplit(".", 1)[0] for n, p in net.encoder.named_parameters() if p.grad is None}
-    net.encoder.zero_grad(set_to_none=True)
-    net.encoder.train(training)
-    return unused

@@ -89,8 +89,13 @@ def grid(
             axis.imshow(picture, **({"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}))
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     if len(classes):
-        patches = [Patch(color=np.array(c) / 255, label=name) for name, c in zip(classes, colors, strict=True)]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8)
+        patches = [
+            Patch(color=np.array(c) / 255, label=name)
+            for name, c in zip(classes, colors, strict=True)
+        ]
+        figure.legend(
+            handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8
+        )
     return figure
 
 
@@ -106,24 +111,39 @@ def curves(
     for name, runs in lines.items():
         color = (palette or {}).get(name) or color_of(name)
         for x, y in runs:
-            axis.plot(x, y, color=color, alpha=0.25 if len(runs) > 1 else 1, linewidth=1 if len(runs) > 1 else 1.8)
+            axis.plot(
+                x,
+                y,
+                color=color,
+                alpha=0.25 if len(runs) > 1 else 1,
+                linewidth=1 if len(runs) > 1 else 1.8,
+            )
         if len(runs) > 1:
             axis.plot(runs[0][0], np.mean([y for _, y in runs], axis=0), color=color)
-        axis.plot([], [], color=color, label=name if len(runs) == 1 else f"{name} (mean of {len(runs)})")
+        axis.plot(
+            [], [], color=color, label=name if len(runs) == 1 else f"{name} (mean of {len(runs)})"
+        )
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend()
     return figure
 
 
 def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)") -> Figure:
-    """One line per label draw across methods: {method: {draw: value}}. What matters is the slope within a line."""
+    """One line per label draw across methods: {method: {draw: value}}. What matters is the slope
+    within a line."""
     figure, axis = plt.subplots(figsize=(1.6 + 1.35 * len(scores), 3.4))
     names = list(scores)
     draws = sorted(set.intersection(*(set(v) for v in scores.values())))
     for draw in draws:
         values = [scores[name][draw] for name in names]
         axis.plot(names, values, color="#8888", linewidth=1)
-        axis.annotate(f"draw {draw}", (len(names) - 1, values[-1]), (6, 0), textcoords="offset points", fontsize=7)
+        axis.annotate(
+            f"draw {draw}",
+            (len(names) - 1, values[-1]),
+            (6, 0),
+            textcoords="offset points",
+            fontsize=7,
+        )
     for i, name in enumerate(names):
         values = [scores[name][draw] for draw in draws]
         axis.scatter([i] * len(values), values, color=color_of(name), zorder=3, s=28)
@@ -139,7 +159,9 @@ def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]
     at = np.arange(len(classes))
     for i, (name, values) in enumerate(iou.items()):
         values = [np.nan if v is None else v for v in values]
-        axis.bar(at + (i - (len(iou) - 1) / 2) * width, values, width, color=color_of(name), label=name)
+        axis.bar(
+            at + (i - (len(iou) - 1) / 2) * width, values, width, color=color_of(name), label=name
+        )
     axis.set_xticks(at, classes, rotation=30, ha="right")
     axis.set(ylabel="IoU (%)")
     axis.grid(axis="x", visible=False)
@@ -148,7 +170,8 @@ def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]
 
 
 def reliability(bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
-    """Accuracy against confidence, and how many pixels lie where: {name: (confidence, accuracy, share)} per bin."""
+    """Accuracy against confidence, and how many pixels lie where: {name: (confidence, accuracy,
+    share)} per bin."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 4.6), sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="#8888", linestyle="--", linewidth=1, label="calibrated")
     for name, (confidence, accuracy, share) in bins.items():

@@ -1,4 +1,5 @@
-"""Progress of long work: a bar in a terminal, a bar in a notebook that stays readable in the static page, or lines."""
+"""Progress of long work: a bar in a terminal, a bar in a notebook that stays readable in the static
+page, or lines."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Progress:
     def __init__(self, title: str, total: int):
         self.title, self.total, self.done, self.text = title, max(total, 1), 0, ""
         self.started = self.shown = time.monotonic()
-        self.first = None  # work that was done before this process started does not count into the pace
+        self.first = (
+            None  # work that was done before this process started does not count into the pace
+        )
         self.kind = "notebook" if in_notebook() else "terminal" if sys.stderr.isatty() else "lines"
         if self.kind == "terminal":
             form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
@@ -50,7 +53,8 @@ class Progress:
             self._show()
 
     def close(self, text: str = "", metadata: dict | None = None) -> None:
-        """Show the final state. `metadata` is stored with a notebook's output, for the page's run record."""
+        """Show the final state. `metadata` is stored with a notebook's output, for the page's run
+        record."""
         self.text = text or self.text
         if self.kind == "terminal":
             self.bar.set_postfix_str(self.text)
@@ -74,10 +78,15 @@ class Progress:
     def _bundle(self) -> dict[str, str]:
         share = self.done / self.total
         bar = (
-            f'<div class="s4-progress" role="progressbar" aria-valuemin="0" aria-valuemax="{self.total}" '
-            f'aria-valuenow="{self.done}" aria-label="{html.escape(self.title)}" '
+            '<div class="s4-progress" role="progressbar" aria-valuemin="0" '
+            f'aria-valuemax="{self.total}" aria-valuenow="{self.done}" '
+            f'aria-label="{html.escape(self.title)}" '
             'style="height:6px;border-radius:3px;background:#8884;max-width:32rem">'
-            f'<div style="height:100%;width:{share:.1%};border-radius:3px;background:#4a77c4"></div></div>'
+            '<div style="height:100%;border-radius:3px;background:#4a77c4;'
+            f'width:{share:.1%}"></div></div>'
         )
         line = html.escape(self._line())
-        return {"text/plain": self._line(), "text/html": f'{bar}<small class="s4-progress-text">{line}</small>'}
+        return {
+            "text/plain": self._line(),
+            "text/html": f'{bar}<small class="s4-progress-text">{line}</small>',
+        }

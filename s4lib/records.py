@@ -1,4 +1,5 @@
-"""Records of finished runs: read them, compare methods paired by label draw and seed, say what the data carry."""
+"""Records of finished runs: read them, compare methods paired by label draw and seed, say what the
+data carry."""
 
 from __future__ import annotations
 
@@ -17,19 +18,26 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
-RUNS = Path(os.environ.get("S4_RUNS") or (HERE / "runs" if (HERE / "notebooks").is_dir() else "runs"))
+RUNS = Path(
+    os.environ.get("S4_RUNS") or (HERE / "runs" if (HERE / "notebooks").is_dir() else "runs")
+)
 COMMITTED = HERE / "book" / "records"
 
 
 def load(*places: str | Path) -> list[dict]:
-    """Records from .jsonl files, run folders and folders of either; the last of equal run ids counts.
+    """Records from .jsonl files, run folders and folders of either; the last of equal run ids
+    counts.
 
     Raises:
         ValueError: a line that is not a record; names file and line.
     """
     found: dict[str, dict] = {}
     for place in map(Path, places):
-        files = [place] if place.is_file() else sorted([*place.glob("*.jsonl"), *place.glob("*/record.json")])
+        files = (
+            [place]
+            if place.is_file()
+            else sorted([*place.glob("*.jsonl"), *place.glob("*/record.json")])
+        )
         for file in files:
             for number, line in enumerate(file.read_text().splitlines(), 1):
                 try:
@@ -45,7 +53,9 @@ def surroundings(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"CPU, {torch.get_num_threads()} thread(s)",
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -61,11 +71,16 @@ def commit() -> str:
         changed = git(["git", "status", "--porcelain", "--untracked-files=no"])
     except OSError:
         return ""
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "") if name.returncode == 0 else ""
+    return (
+        name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        if name.returncode == 0
+        else ""
+    )
 
 
 def score(record: dict, network: str = "", when: str = "last") -> float:
-    """mIoU in % of one network (the deployed one by default), at the last or the best evaluation."""
+    """mIoU in % of one network (the deployed one by default), at the last or the best
+    evaluation."""
     return record["networks"][network or record["deployed"]][when]["miou"]
 
 
@@ -84,7 +99,11 @@ class Summary:
 def summary(values: Iterable[float]) -> Summary:
     values = list(values)
     mean = sum(values) / len(values)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    std = (
+        math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        if len(values) > 1
+        else math.nan
+    )
     return Summary(mean, std, len(values))
 
 
@@ -99,7 +118,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be claimed: "better", "worse", or "not distinguishable" where the interval holds zero."""
+        """What may be claimed: "better", "worse", or "not distinguishable" where the interval holds
+        zero."""
         if not self.low <= 0 <= self.high and len(self.values) > 1:
             return "better" if self.mean > 0 else "worse"
         return "not distinguishable"
@@ -116,7 +136,8 @@ def paired(
     level: float = 0.95,
     value: Callable[[dict], float] = score,
 ) -> Difference:
-    """Difference ours - base within each (label draw, seed) that both have, and its Student-t interval.
+    """Difference ours - base within each (label draw, seed) that both have, and its Student-t
+    interval.
 
     Raises:
         ValueError: no draw and seed in common, or more than one record for the same draw and seed.
@@ -138,13 +159,15 @@ def _by_draw(records: Iterable[dict]) -> dict[tuple[int, int], dict]:
     for record in records:
         key = record["config"]["draw"], record["config"]["seed"]
         if key in found:
-            raise ValueError(f"two records for draw {key[0]}, seed {key[1]}: select one method and setting first")
+            raise ValueError(
+                f"two records for draw {key[0]}, seed {key[1]}: select one method and setting first"
+            )
         found[key] = record
     return found
 
 
 def stale(record: dict) -> bool:
     """True if the method's file has changed since the record was made."""
-    from .trainer import method_source
+    from .build import method_source
 
     return method_source(record["config"]["method"]) != record["method_source"]

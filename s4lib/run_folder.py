@@ -1,9 +1,10 @@
-"""A run's folder: config, metrics, checkpoints, record. Every file is whole or absent, whatever kills the process.
+"""A run's folder: config, metrics, checkpoints, record. Every file is whole or absent, whatever
+kills the process.
 
-    <out>/<run_id>/config.json     what is run
-                   metrics.jsonl   one line per evaluation and every few steps
-                   last.pt         everything needed to go on exactly; best.pt the weights with the best mIoU
-                   record.json     the result, written when the run has ended
+<out>/<run_id>/config.json     what is run
+               metrics.jsonl   one line per evaluation and every few steps
+               last.pt         everything needed to go on exactly; best.pt the weights with the best
+               mIoU record.json     the result, written when the run has ended
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .config import Config
-from .nets import read_tensors
+from .weights import read_tensors
 
 LOCK = ".lock"  # held by the process that trains the run
 
@@ -130,10 +131,15 @@ class RunFolder:
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise ValueError(f"{self.checkpoint}: not a checkpoint of s4lib")
         kept, ours = state["config"], self.config.to_dict()
-        differ = [k for k in ours if kept.get(k) != ours[k] and k not in ("data_root", "device", "tensorboard")]
+        differ = [
+            k
+            for k in ours
+            if kept.get(k) != ours[k] and k not in ("data_root", "device", "tensorboard")
+        ]
         if differ:
-            k = differ[0]
-            raise ValueError(f"{self.checkpoint}: checkpoint of another config: {k} is {kept.get(k)!r}, not {ours[k]!r}")
+            there, here = (f"{c.get(differ[0])!r}" for c in (kept, ours))
+            what = f"checkpoint of another config: {differ[0]} is {there}, not {here}"
+            raise ValueError(f"{self.checkpoint}: {what}")
         return state
 
     def cut_metrics(self, size: int) -> None:

@@ -1,6 +1,7 @@
-"""Runs from a notebook: train what is not recorded yet, here or under torchrun, with one live progress bar.
+"""Runs from a notebook: train what is not recorded yet, here or under torchrun, with one live
+progress bar.
 
-    results = runs.run([protocol("mosaic-32", method=m, draw=d) for m in methods for d in range(3)])
+results = runs.run([protocol("mosaic-32", method=m, draw=d) for m in methods for d in range(3)])
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import records
+from .build import build_method, method_source, open_data
 from .config import Config
 from .progress import Progress
 from .run_folder import Busy, RunFolder
-from .trainer import build_method, fit, method_source, open_data
+from .trainer import fit
 
 
-def run(configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title: str = "runs") -> list[dict]:
+def run(
+    configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title: str = "runs"
+) -> list[dict]:
     """Records of `configs`, in their order.
 
-    A run that is recorded is loaded, one that is half done is resumed, the others are trained, one after the other.
-    A record made by another version of the method's file is trained again.
+    A run that is recorded is loaded, one that is half done is resumed, the others are trained, one
+    after the other. A record made by another version of the method's file is trained again.
 
     Args:
         gpus: processes that torchrun starts for each run; 0 trains in this process.
@@ -73,7 +77,9 @@ def run(configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title
     return results
 
 
-def _finish(config: Config, out: Path, gpus: int, wait: bool, show: Callable[[int, int, str], None]) -> dict:
+def _finish(
+    config: Config, out: Path, gpus: int, wait: bool, show: Callable[[int, int, str], None]
+) -> dict:
     """The record of one run, trained if there is none that its method's present file has made."""
     record = RunFolder(out, config).record()
     fresh = record is not None and record["method_source"] == method_source(config.method)
@@ -92,7 +98,9 @@ def metrics(config: Config, out: str | Path = "") -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _launch(config: Config, out: Path, gpus: int, restart: bool, show: Callable[[int, int, str], None]) -> None:
+def _launch(
+    config: Config, out: Path, gpus: int, restart: bool, show: Callable[[int, int, str], None]
+) -> None:
     """Train one run under torchrun in a process group of its own, following its metrics file."""
     folder = RunFolder(out, config)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -100,14 +108,25 @@ def _launch(config: Config, out: Path, gpus: int, restart: bool, show: Callable[
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, open(log, "a") as output:
         json.dump(config.to_dict(), file)  # JSON is YAML
         file.flush()
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "s4lib", "train"]
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={gpus}",
+            "-m",
+            "s4lib",
+            "train",
+        ]
         options = ["--config", file.name, "--out", str(out), "--restart" if restart else "--resume"]
         child = subprocess.Popen(
             [sys.executable, "-m", *command, *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join([str(records.HERE), *sys.path])},
+            env={
+                "OMP_NUM_THREADS": "1",
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(records.HERE), *sys.path]),
+            },
         )
         try:
             while child.poll() is None:
@@ -121,4 +140,6 @@ def _launch(config: Config, out: Path, gpus: int, restart: bool, show: Callable[
             raise
     if child.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise RuntimeError(f"{config.run_id} failed with exit code {child.returncode}; its log {log} ends:\n{tail}")
+        raise RuntimeError(
+            f"{config.run_id} failed with exit code {child.returncode}; its log {log} ends:\n{tail}"
+        )

@@ -1,4 +1,5 @@
-"""Tables for notebooks: readable as text in a terminal, as HTML in a page, with their numbers from records only."""
+"""Tables for notebooks: readable as text in a terminal, as HTML in a page, with their numbers from
+records only."""
 
 from __future__ import annotations
 
@@ -11,38 +12,46 @@ from .records import paired, score, stale, summary
 
 @dataclass(frozen=True)
 class Table:
-    """A header, rows of text, and a caption. The first column is left-aligned, the others right-aligned."""
+    """A header, rows of anything printable, a caption. The first column is left-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
     caption: str = ""
 
     def _repr_html_(self) -> str:
-        cell = lambda tag, value, i: (  # noqa: E731
-            f'<{tag} style="text-align:{"right" if i else "left"}">{html.escape(str(value))}</{tag}>'
-        )
-        line = lambda tag, values: "<tr>" + "".join(cell(tag, v, i) for i, v in enumerate(values)) + "</tr>"  # noqa: E731
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        body = "".join(line("td", row) for row in self.rows)
-        table = f"<table>{caption}<thead>{line('th', self.header)}</thead><tbody>{body}</tbody></table>"
+        head, body = _line("th", self.header), "".join(_line("td", row) for row in self.rows)
+        table = f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
         return f'<div class="s4-table" style="overflow-x:auto">{table}</div>'
 
     def __repr__(self) -> str:
         lines = [[str(v) for v in row] for row in (self.header, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = "\n".join(
-            "  ".join(v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                v.rjust(w) if i else v.ljust(w)
+                for i, (v, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in lines
         )
         return f"{self.caption}\n{text}" if self.caption else text
 
 
+def _line(tag: str, values: Sequence[object]) -> str:
+    cells = (
+        f'<{tag} style="text-align:{"right" if i else "left"}">{html.escape(str(value))}</{tag}>'
+        for i, value in enumerate(values)
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
 def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = "") -> Table:
     """mIoU of the deployed network of each group of records, and its paired difference to `base`.
 
-    Columns: n runs; mean and sample standard deviation at the last and at the best evaluation; difference at the
-    last one with a 95 % interval over label draws; what that allows to say. A * marks records whose method's file
-    has changed since.
+    Columns: n runs; mean and sample standard deviation at the last and at the best evaluation;
+        difference at the
+    last one with a 95 % interval over label draws; what that allows to say. A * marks records whose
+    method's file has changed since.
     """
     rows = []
     for name, records in results.items():
@@ -55,10 +64,13 @@ def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = 
 
 
 def class_iou(results: Mapping[str, dict]) -> Table:
-    """Per-class IoU (last evaluation, deployed network) of one record per column, with the mean below."""
+    """Per-class IoU (last evaluation, deployed network) of one record per column, with the mean
+    below."""
     classes = next(iter(results.values()))["classes"]
     networks = [r["networks"][r["deployed"]]["last"] for r in results.values()]
-    show = lambda v: "–" if v is None else f"{v:.1f}"  # noqa: E731
-    rows = [[name, *(show(n["iou"][i]) for n in networks)] for i, name in enumerate(classes)]
-    rows.append(["mIoU", *(show(n["miou"]) for n in networks)])
-    return Table(["class", *results], rows, "IoU in %, last evaluation; – where a class occurs nowhere.")
+    rows = [[name, *(n["iou"][i] for n in networks)] for i, name in enumerate(classes)]
+    rows.append(["mIoU", *(n["miou"] for n in networks)])
+    rows = [[name, *("–" if v is None else f"{v:.1f}" for v in values)] for name, *values in rows]
+    return Table(
+        ["class", *results], rows, "IoU in %, last evaluation; – where a class occurs nowhere."
+    )

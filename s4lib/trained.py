@@ -1,4 +1,5 @@
-"""Trained runs, to evaluate, to look at and to use: load a run's networks, predict maps, write them."""
+"""Trained runs, to evaluate, to look at and to use: load a run's networks, predict maps, write
+them."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from . import distributed
+from .build import build_method, network_of
 from .config import Config
 from .data import DATASETS
 from .data.images import open_image
 from .evaluate import normaliser
 from .method import Method
-from .nets import read_tensors
-from .trainer import build_method, network_of
+from .weights import read_tensors
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -47,18 +48,25 @@ class Trained:
 
     @torch.no_grad()
     def probs(self, image: Tensor, network: str = "") -> Tensor:
-        """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed network unless another is named."""
+        """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed network unless another
+        is named."""
         net = self.method.networks()[network] if network else self.method
         return net(self.normalise(image)).float().softmax(1).cpu()
 
     def predict(self, file: Path) -> np.ndarray:
-        """Class indices (H, W) uint8 of an image file, at its own size; computed at the size trained at."""
+        """Class indices (H, W) uint8 of an image file, at its own size; computed at the size
+        trained at."""
         image = open_image(file)
         height, width = image.height, image.width
         if self.config.size:
             image = image.resize(self.config.size[::-1], Image.Resampling.BOX)
         probs = self.probs(torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None])
-        return F.interpolate(probs, (height, width), mode="bilinear")[0].argmax(0).numpy().astype(np.uint8)
+        return (
+            F.interpolate(probs, (height, width), mode="bilinear")[0]
+            .argmax(0)
+            .numpy()
+            .astype(np.uint8)
+        )
 
 
 def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> Trained:
@@ -79,20 +87,28 @@ def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> 
     try:
         method.load_state_dict(state["method"] if checkpoint == "last" else state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / checkpoint}.pt: does not fit {config.method} ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{folder / checkpoint}.pt: does not fit {config.method} ({str(error).splitlines()[0]})"
+        ) from error
     where = distributed.start(device)
     return Trained(config, method.to(where).eval(), where)
 
 
 def image_files(inputs: Sequence[str]) -> list[Path]:
-    """Files named, and images in folders named. Raises ValueError if one is missing or none is found."""
+    """Files named, and images in folders named. Raises ValueError if one is missing or none is
+    found."""
     files: list[Path] = []
     for path in map(Path, inputs):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        files += (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if path.is_dir()
+            else [path]
+        )
     if not files:
-        raise ValueError(f"{', '.join(map(str, inputs))}: no image found; valid endings: {' '.join(sorted(SUFFIXES))}")
+        endings = " ".join(sorted(SUFFIXES))
+        raise ValueError(f"{', '.join(inputs)}: no image found; valid endings: {endings}")
     return files
 
 

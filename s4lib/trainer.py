@@ -1,20 +1,18 @@
 """`fit(config)` trains one run, in this process or as one of torchrun's, and returns its record.
 
     s4 train --protocol mosaic-32 --method mean_teacher
-    torchrun --nproc_per_node=2 -m s4lib train --protocol mosaic-32 --method mean_teacher --device cpu
+    torchrun --nproc_per_node=2 -m s4lib train --protocol mosaic-32 --method mean_teacher --device
+    cpu
 
-What a step does depends only on (config, step, rank), so a checkpoint is state dicts plus the step, and a run that
-was killed and resumed ends bit-equal to one that was not (on a CPU; GPU kernels may differ in the last bit).
+What a step does depends only on (config, step, rank), so a checkpoint is state dicts plus the step,
+and a run that was killed and resumed ends bit-equal to one that was not (on a CPU; GPU kernels may
+differ in the last bit).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,65 +20,18 @@ from pathlib import Path
 import torch
 
 from . import distributed, records
+from .build import build_method, method_source, network_of, open_data
 from .config import Config
-from .data import open_dataset
-from .data.images import Images
 from .data.loader import Loader
-from .data.splits import Split, split
 from .data.views import Views
 from .evaluate import confusion_matrices, evaluated, normaliser, scores
-from .method import Clock, Method
-from .methods import METHODS
+from .interrupts import Interrupted, stop_requests
+from .method import Clock
 from .minimizer import Minimizer
-from .nets import build_net
 from .run_folder import RunFolder
 
 LOG_EVERY = 10  # steps
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal after its checkpoint was written. `signal` is the signal's number."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped at step {step}; its checkpoint is written, resume continues from there")
-        self.signal = number
-
-
-def build_method(config: Config, classes: int) -> Method:
-    """The config's method with its networks, initialised by the seed alone.
-
-    Raises:
-        ValueError: unknown method, preset, hyper-parameter or network.
-    """
-    if config.method not in METHODS:
-        raise ValueError(f"method={config.method!r}: choose one of {', '.join(METHODS)}")
-    kind = METHODS[config.method]
-    if config.preset not in kind.presets:
-        raise ValueError(f"preset={config.preset!r}: {config.method} has {', '.join(kind.presets)}")
-    arguments = {**kind.presets[config.preset], **config.method_args}
-    valid = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = [name for name in arguments if name not in valid]
-    if unknown:
-        raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {', '.join(valid) or 'none'}")
-    torch.manual_seed(config.seed)
-    method = kind(lambda: build_net(config.net, classes, weights=config.weights, **config.net_args), **arguments)
-    return method.to(memory_format=torch.channels_last).train()  # puts teachers into their mode
-
-
-def network_of(method: Method) -> torch.nn.Module:
-    return next(iter(method.networks().values()))
-
-
-def open_data(config: Config) -> tuple[Images, Split, Images, range]:
-    """(training images, split, evaluation images, their indices) of a config."""
-    size = config.size or None
-    images = open_dataset(config.dataset, "train", root=config.data_root, size=size)
-    chosen = split(images, config.dataset, config.labeled, config.draw)
-    if config.unlabeled:
-        chosen = Split(chosen.labeled, chosen.unlabeled[: config.unlabeled], chosen.sha256)
-    held_out = open_dataset(config.dataset, config.eval_part, root=config.data_root, size=size)
-    return images, chosen, held_out, range(len(held_out))[: config.eval_images or None]
 
 
 def fit(
@@ -102,7 +53,8 @@ def fit(
         progress: called with (steps done, steps in all, text).
 
     Raises:
-        ValueError: bad config, data or checkpoint, or an unfinished run without `resume` or `restart`.
+        ValueError: bad config, data or checkpoint, or an unfinished run without `resume` or
+            `restart`.
         FloatingPointError: the loss became infinite or NaN; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
         OSError: the disk is full or read-only.
@@ -119,7 +71,9 @@ def fit(
         if record := folder.record():  # another process has trained it while this one waited
             return record
         if folder.checkpoint.exists() and not resume:
-            raise ValueError(f"{folder.path}: an unfinished run; resume continues it, restart begins again")
+            raise ValueError(
+                f"{folder.path}: an unfinished run; resume continues it, restart begins again"
+            )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             record = run.train(resume, progress or (lambda done, total, text: None))
         distributed.barrier()
@@ -221,7 +175,9 @@ class Run:
         return lr
 
     def _log(self, step: int, lr: float, board) -> None:
-        means = {name: float(distributed.mean(value)) / self.logged for name, value in self.sums.items()}
+        means = {
+            name: float(distributed.mean(value)) / self.logged for name, value in self.sums.items()
+        }
         self.sums, self.logged = {}, 0
         if self.main:
             self.folder.log({"kind": "train", "step": step, "of": self.steps, "lr": lr, **means})
@@ -230,9 +186,14 @@ class Run:
                     board.add_scalar(f"train/{name}", value, step)
 
     def _evaluate(self, step: int, epoch: int, board) -> str:
-        """Evaluate every network, note the best, keep the best deployed weights. Returns a line of text."""
+        """Evaluate every network, note the best, keep the best deployed weights. Returns a line of
+        text."""
         matrices = confusion_matrices(
-            evaluated(self.method), self.held_out, self.held_out_indices, self.normalise, self.device
+            evaluated(self.method),
+            self.held_out,
+            self.held_out_indices,
+            self.normalise,
+            self.device,
         )
         self.last = {name: {**score, "epoch": epoch} for name, score in scores(matrices).items()}
         for name, score in self.last.items():
@@ -242,7 +203,9 @@ class Run:
                     self.folder.save_best(self.method.state_dict())
         mious = {name: score["miou"] for name, score in self.last.items()}
         if self.main:
-            self.folder.log({"kind": "eval", "step": step, "of": self.steps, "epoch": epoch, "miou": mious})
+            self.folder.log(
+                {"kind": "eval", "step": step, "of": self.steps, "epoch": epoch, "miou": mious}
+            )
             for name, value in mious.items():
                 if board:
                     board.add_scalar(f"miou/{name}", value, step)
@@ -270,8 +233,12 @@ class Run:
             self.method.load_state_dict(state["method"])
             self.minimizer.load_state_dict(state["minimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.folder.checkpoint}: does not fit this method ({error})") from error
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()}
+            raise ValueError(
+                f"{self.folder.checkpoint}: does not fit this method ({error})"
+            ) from error
+        self.sums = {
+            name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()
+        }
         self.logged, self.best, self.last = state["logged"], state["best"], state["last"]
         self.seconds = state["seconds"]
         if self.main:
@@ -284,7 +251,9 @@ class Run:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("tensorboard=true, but the package is not installed: pip install tensorboard") from None
+            raise ValueError(
+                "tensorboard=true, but the package is not installed: pip install tensorboard"
+            ) from None
         return SummaryWriter(self.folder.path / "tensorboard", purge_step=step)
 
     def _record(self) -> dict:
@@ -303,38 +272,15 @@ class Run:
             "images_seen": self.steps * config.accumulate * (config.batch + unlabeled),
             "seconds": round(self.seconds, 1),
             "peak_memory_bytes": peak,
-            "evaluation": {"part": config.eval_part, "images": len(self.held_out_indices), "mode": "whole image"},
+            "evaluation": {
+                "part": config.eval_part,
+                "images": len(self.held_out_indices),
+                "mode": "whole image",
+            },
             "deployed": self.method.deployed,
-            "networks": {name: {"last": self.last[name], "best": self.best[name]} for name in self.last},
+            "networks": {
+                name: {"last": self.last[name], "best": self.best[name]} for name in self.last
+            },
             "world_size": distributed.world(),
             **records.surroundings(self.device),
         }
-
-
-def method_source(name: str) -> str:
-    """Hash of the method's file: a record made by another version of it is stale."""
-    source = Path(inspect.getsourcefile(METHODS[name])).read_bytes()
-    return hashlib.sha256(source).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """Turn the first SIGINT or SIGTERM into a request (`.number`); a second one acts as usual."""
-
-    class Stop:
-        number: int | None = None
-
-    stop, kept = Stop(), {}
-
-    def note(number, frame):
-        stop.number = number
-        signal.signal(number, kept[number])
-        print("stopping after this step ...", file=sys.stderr, flush=True)
-
-    if threading.current_thread() is threading.main_thread():
-        kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

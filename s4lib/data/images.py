@@ -1,4 +1,5 @@
-"""What every dataset is: images and annotations by index, read with care, kept in memory once read."""
+"""What every dataset is: images and annotations by index, read with care, kept in memory once
+read."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Images:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An RGB image, fully decoded. Raises ValueError, naming the file, if it is missing or damaged."""
+    """An RGB image, fully decoded. Raises ValueError, naming the file, if it is missing or
+    damaged."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -57,13 +59,16 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image, truncated or damaged ({error})") from error
 
 
-def open_label(path: Path, image_size: tuple[int, int], classes: int, void: tuple[int, ...]) -> Image.Image:
+def open_label(
+    path: Path, image_size: tuple[int, int], classes: int, void: tuple[int, ...]
+) -> Image.Image:
     """An annotation as class indices, `void` values replaced by IGNORE.
 
     Palette and greyscale PNGs are both read as the indices they store, never as colours.
 
     Raises:
-        ValueError: missing, damaged, an RGB file, of another size than its image, or a value that is no class.
+        ValueError: missing, damaged, an RGB file, of another size than its image, or a value that
+            is no class.
     """
     try:
         with Image.open(path) as image:
@@ -71,14 +76,16 @@ def open_label(path: Path, image_size: tuple[int, int], classes: int, void: tupl
     except FileNotFoundError:
         raise ValueError(f"{path}: no such annotation") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable annotation, truncated or damaged ({error})") from error
-    if image.mode not in ("P", "L"):
-        raise ValueError(f"{path}: annotation of mode {image.mode}; expected class indices (mode P or L)")
-    if image.size != image_size:
-        width, height = image_size
         raise ValueError(
-            f"{path}: annotation is {image.size[0]} x {image.size[1]} pixels, its image {width} x {height}"
+            f"{path}: not a readable annotation, truncated or damaged ({error})"
+        ) from error
+    if image.mode not in ("P", "L"):
+        raise ValueError(
+            f"{path}: annotation of mode {image.mode}; expected class indices (mode P or L)"
         )
+    if image.size != image_size:
+        own, other = ("{} x {}".format(*size) for size in (image.size, image_size))
+        raise ValueError(f"{path}: annotation is {own} pixels, its image {other}")
     index = np.array(image)
     index[np.isin(index, void)] = IGNORE
     bad = np.unique(index[(index >= classes) & (index != IGNORE)])

@@ -1,4 +1,5 @@
-"""Batches for training: which images, which views, on which device; a pure function of (seed, step)."""
+"""Batches for training: which images, which views, on which device; a pure function of (seed,
+step)."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ LABELED, UNLABELED = 0, 1  # streams of random numbers
 class Loader:
     """`loader[step]` is this process's share of the step's `Batch`.
 
-    An epoch passes once over the unlabeled list in a shuffled order (its last batch is filled up from the order's
-    start); the labeled list is cycled through in orders of its own. Both batch sizes count all processes together,
-    and process r takes the r-th contiguous share, so that the union over processes does not depend on their number.
+    An epoch passes once over the unlabeled list in a shuffled order (its last batch is filled up
+    from the order's start); the labeled list is cycled through in orders of its own. Both batch
+    sizes count all processes together, and process r takes the r-th contiguous share, so that the
+    union over processes does not depend on their number.
 
     Args:
         images, split: the training part and who carries labels.
@@ -52,13 +54,17 @@ class Loader:
     ):
         for name, size in (("batch", batch), ("unlabeled_batch", unlabeled_batch)):
             if size < 1 or size % distributed.world():
-                raise ValueError(f"{name}={size}: choose a positive multiple of the {distributed.world()} process(es)")
+                raise ValueError(
+                    f"{name}={size}: choose a multiple of the {distributed.world()} ranks"
+                )
         self.images, self.split, self.views = images, split, views
         self.batch, self.unlabeled_batch = batch, unlabeled_batch
         self.strong_views = method.strong_views
         self.uses_unlabeled = method.uses_unlabeled
         if self.uses_unlabeled and not split.unlabeled:
-            raise ValueError("labeled covers every image, so nothing is left unlabeled: use method=supervised")
+            raise ValueError(
+                "labeled covers every image, so nothing is left unlabeled: use method=supervised"
+            )
         self.seed, self.device = seed, device
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
@@ -87,7 +93,9 @@ class Loader:
         share = len(entries) // distributed.world()
         return entries[distributed.rank() * share : (distributed.rank() + 1) * share]
 
-    def _views(self, stream: int, entries: list[tuple[int, int]]) -> tuple[list, list, Tensor, list]:
+    def _views(
+        self, stream: int, entries: list[tuple[int, int]]
+    ) -> tuple[list, list, Tensor, list]:
         samples = list(self._readers.map(lambda entry: self.images[entry[1]], entries))
         images = [image.to(self.device, non_blocking=True) for image, _ in samples]
         labels = [label.to(self.device, non_blocking=True) for _, label in samples]
@@ -114,5 +122,9 @@ class Loader:
         strong = []
         for _ in range(self.strong_views):
             draws = np.stack([self.views.draw_colour(rng) for rng in rngs])
-            strong.append(self._normalise(colour_jitter(plain, torch.from_numpy(draws).to(self.device))))
-        return Batch(image, label, self._normalise(plain), tuple(strong), self.views.valid(images, maps))
+            strong.append(
+                self._normalise(colour_jitter(plain, torch.from_numpy(draws).to(self.device)))
+            )
+        return Batch(
+            image, label, self._normalise(plain), tuple(strong), self.views.valid(images, maps)
+        )

@@ -10,7 +10,10 @@ import numpy as np
 from ..method import IGNORE
 from .images import Images
 
-TRIES, PRESENT = 300, 30  # random draws compared; pixels from which a class counts as present in an image
+TRIES, PRESENT = (
+    300,
+    30,
+)  # random draws compared; pixels from which a class counts as present in an image
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,17 @@ class Split:
 def split(images: Images, dataset: str, labeled: int, draw: int) -> Split:
     """The `draw`-th split with `labeled` labeled images; 0 labels all.
 
-    mosaic: of 300 random draws, the one whose rarest class occurs in most images (ties: the next rarest, ...).
+    mosaic: of 300 random draws, the one whose rarest class occurs in most images (ties: the next
+        rarest, ...).
     camvid: one frame from each of `labeled` equal slices of the list, which is in film order.
 
     Raises:
         ValueError: more labels asked for than there are images, or a negative draw.
     """
     if not 0 <= labeled <= len(images):
-        raise ValueError(f"labeled={labeled}: choose 0 (all) to {len(images)}, the images of {dataset} train")
+        raise ValueError(
+            f"labeled={labeled}: choose 0 (all) to {len(images)}, the images of {dataset} train"
+        )
     if draw < 0:
         raise ValueError(f"draw={draw}: choose 0 or more")
     if labeled in (0, len(images)):
@@ -50,7 +56,9 @@ def split(images: Images, dataset: str, labeled: int, draw: int) -> Split:
 def _class_balanced(images: Images, count: int, rng: np.random.Generator) -> np.ndarray:
     present = np.zeros((len(images), len(images.classes)), dtype=int)
     for i in range(len(images)):
-        pixels = np.bincount(images[i][1].flatten().numpy(), minlength=IGNORE + 1)[: len(images.classes)]
+        pixels = np.bincount(images[i][1].flatten().numpy(), minlength=IGNORE + 1)[
+            : len(images.classes)
+        ]
         present[i] = pixels >= PRESENT
     draws = [rng.permutation(len(images))[:count] for _ in range(TRIES)]
     return max(draws, key=lambda draw: sorted(present[draw].sum(0)))

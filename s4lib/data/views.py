@@ -1,8 +1,9 @@
-"""Views of a sample: random crop, scale and flip (weak), then colour (strong), made for a batch on its device.
+"""Views of a sample: random crop, scale and flip (weak), then colour (strong), made for a batch on
+its device.
 
-What happens to a sample is drawn from a generator keyed by (seed, stream, pass, index): the same whatever batch,
-process or order it is in. The drawing is per sample, the arithmetic per batch. Colour operations work on RGB in
-[0, 1], before normalisation.
+What happens to a sample is drawn from a generator keyed by (seed, stream, pass, index): the same
+whatever batch, process or order it is in. The drawing is per sample, the arithmetic per batch.
+Colour operations work on RGB in [0, 1], before normalisation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Views:
     Args:
         crop: (height, width) of a view.
         scale: bounds of the zoom; below 1 the image does not fill the crop.
-        outside: what is seen there: "reflect" mirrors the image, "void" is black and takes no part in a loss.
+        outside: what is seen there: "reflect" mirrors the image, "void" is black and takes no part
+            in a loss.
         jitter: brightness, contrast and saturation factors are drawn from 1 +- jitter.
         hue: hue shift, as a share of the colour circle.
         colour, grey, blur: probabilities of jitter, greyscale and blur.
@@ -48,11 +50,16 @@ class Views:
         """(2, 3) affine map from crop to image coordinates, both in [-1, 1]."""
         scale, flip, fx, fy = rng.uniform(*self.scale), rng.uniform() < 0.5, *rng.uniform(-1, 1, 2)
         sx, sy = self.crop[1] / width / scale, self.crop[0] / height / scale
-        # The window's centre may move as far as the window stays inside, or, larger than the image, contains it.
-        return np.array([[-sx if flip else sx, 0, fx * abs(1 - sx)], [0, sy, fy * abs(1 - sy)]], dtype=np.float32)
+        # The window's centre may move as far as the window stays inside, or, larger than the image,
+        # contains it.
+        return np.array(
+            [[-sx if flip else sx, 0, fx * abs(1 - sx)], [0, sy, fy * abs(1 - sy)]],
+            dtype=np.float32,
+        )
 
     def draw_colour(self, rng: np.random.Generator) -> np.ndarray:
-        """(7,): brightness, contrast, saturation factors, hue angle, and grey, blur, jitter as 0 or 1."""
+        """(7,): brightness, contrast, saturation factors, hue angle, and grey, blur, jitter as 0 or
+        1."""
         factors = 1 + self.jitter * rng.uniform(-1, 1, 3)
         angle = 2 * math.pi * self.hue * rng.uniform(-1, 1)
         on = rng.uniform(size=3) < (self.grey, self.blur, self.colour)
@@ -81,15 +88,22 @@ class Views:
         return "reflection" if self.outside == "reflect" else "zeros"
 
 
-def _sample(values: list[Tensor], maps: Tensor, crop: tuple[int, int], mode: str, padding: str) -> Tensor:
+def _sample(
+    values: list[Tensor], maps: Tensor, crop: tuple[int, int], mode: str, padding: str
+) -> Tensor:
     if len({v.shape for v in values}) > 1:  # images of different sizes: one by one
-        return torch.cat([_sample([v], m[None], crop, mode, padding) for v, m in zip(values, maps, strict=True)])
+        return torch.cat(
+            [_sample([v], m[None], crop, mode, padding) for v, m in zip(values, maps, strict=True)]
+        )
     grid = F.affine_grid(maps, [len(maps), 1, *crop], align_corners=False)
-    return F.grid_sample(torch.stack(values).float(), grid, mode=mode, padding_mode=padding, align_corners=False)
+    return F.grid_sample(
+        torch.stack(values).float(), grid, mode=mode, padding_mode=padding, align_corners=False
+    )
 
 
 def colour_jitter(image: Tensor, draws: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] with brightness, contrast, saturation, hue, grey and blur by `draws` (B, 7)."""
+    """Images (B, 3, H, W) in [0, 1] with brightness, contrast, saturation, hue, grey and blur by
+    `draws` (B, 7)."""
     d = draws[:, :, None, None, None]
     x = image * d[:, 0]
     middle = x.mean((1, 2, 3), keepdim=True)

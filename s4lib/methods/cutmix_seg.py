@@ -1,11 +1,13 @@
 """CutMix-Seg (French et al., BMVC 2020): Mean Teacher whose perturbation is CutMix.
 
-The teacher labels two plain images; a box of one is pasted into the other, and the student must give for the mixed
-image the equally mixed labels. Class boundaries in images are not low-density regions, so small perturbations cannot
-find them; a pasted box puts hard edges and foreign context everywhere.
+The teacher labels two plain images; a box of one is pasted into the other, and the student must
+give for the mixed image the equally mixed labels. Class boundaries in images are not low-density
+regions, so small perturbations cannot find them; a pasted box puts hard edges and foreign context
+everywhere.
 
-`paper` is French et al.: squared difference of softmax maps, scaled by the *share* of confident pixels in the batch.
-`pseudo_label` is the cross-entropy version that later papers call CutMix-MT: hard labels, confident pixels only.
+`paper` is French et al.: squared difference of softmax maps, scaled by the *share* of confident
+pixels in the batch. `pseudo_label` is the cross-entropy version that later papers call CutMix-MT:
+hard labels, confident pixels only.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..losses import ce, mse, pseudo_label
-from ..method import Method, ema, frozen_copy, joint
+from ..method import Method, ema, frozen_copy, joint, one_of
 from ..mixing import cutmix
 from ..schedules import ramp_up, warm_decay
 
@@ -36,7 +38,13 @@ class CutMixSeg(Method):
     strong_views = 1
     presets = {
         "paper": {},
-        "pseudo_label": {"cons": "ce", "threshold": 0.9, "ramp": 0.2, "area_min": 0.25, "view": "weak"},
+        "pseudo_label": {
+            "cons": "ce",
+            "threshold": 0.9,
+            "ramp": 0.2,
+            "area_min": 0.25,
+            "view": "weak",
+        },
     }
 
     def __init__(
@@ -57,9 +65,13 @@ class CutMixSeg(Method):
         super().__init__()
         self.student = build()
         self.teacher = frozen_copy(self.student)
+        one_of("teacher_mode", teacher_mode, "eval", "train")
         self.batch_statistics = ("teacher",) if teacher_mode == "train" else ()
-        self.cons, self.threshold, self.weight, self.decay, self.ramp = cons, threshold, weight, decay, ramp
-        self.area, self.buffers, self.view = (area_min, area_max), buffers, view
+        self.cons = one_of("cons", cons, "mse", "ce")
+        self.threshold, self.weight, self.decay, self.ramp = threshold, weight, decay, ramp
+        self.area = (area_min, area_max)
+        self.buffers = one_of("buffers", buffers, "copy", "ema", "keep")
+        self.view = one_of("view", view, "strong", "weak")
 
     def step(self, batch, clock, minimize):
         mix = cutmix(batch.weak, self.area)
@@ -71,10 +83,12 @@ class CutMixSeg(Method):
         label, confidence = pseudo_label(logits_t)
         sure = valid & (confidence >= self.threshold)
         if self.cons == "mse":
-            cons = mse(logits_u, logits_t.softmax(1), valid=valid, classes="sum") * sure.float().mean()
+            cons = mse(logits_u, logits_t.softmax(1), valid=valid, classes="sum")
+            cons = cons * sure.float().mean()
         else:
             cons = ce(logits_u, label, keep=sure, over="all")
         sup = ce(logits, batch.label)
         if minimize(sup + self.weight * ramp_up(clock, self.ramp) * cons, self.student):
-            ema(self.teacher, self.student, warm_decay(self.decay, clock.step), self.buffers)
+            decay = warm_decay(self.decay, clock.step)
+            ema(self.teacher, self.student, decay, self.buffers)
         return {"sup": sup.detach(), "cons": cons.detach(), "kept": sure.float().mean()}

@@ -1,11 +1,12 @@
 """Mean Teacher (Tarvainen and Valpola, NeurIPS 2017), per pixel.
 
-The teacher's weights are the exponential moving average (EMA) of the student's. Both see the same unlabeled crop,
-the student with photometric noise; the student is pulled towards the teacher's softmax by a squared difference.
+The teacher's weights are the exponential moving average (EMA) of the student's. Both see the same
+unlabeled crop, the student with photometric noise; the student is pulled towards the teacher's
+softmax by a squared difference.
 
-`code` follows the re-implementation that most segmentation papers quote (TorchSemiSeg@5e0c29c, MeanTeacher):
-one view for both, weight 100 without ramp-up, BN statistics of the teacher its own (train mode). Not copied from
-there: its EMA runs before the student's update, ours after, a lag of one step.
+`code` follows the re-implementation that most segmentation papers quote (TorchSemiSeg@5e0c29c,
+MeanTeacher): one view for both, weight 100 without ramp-up, BN statistics of the teacher its own
+(train mode). One thing is not copied: there the EMA runs before the student's update, here after.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ..losses import ce, mse
-from ..method import Method, ema, frozen_copy, joint
+from ..method import Method, ema, frozen_copy, joint, one_of
 from ..schedules import ramp_up, warm_decay
 
 
@@ -32,7 +33,13 @@ class MeanTeacher(Method):
     strong_views = 1
     presets = {
         "paper": {},
-        "code": {"weight": 100.0, "ramp": 0.0, "buffers": "keep", "teacher_mode": "train", "student_view": "weak"},
+        "code": {
+            "weight": 100.0,
+            "ramp": 0.0,
+            "buffers": "keep",
+            "teacher_mode": "train",
+            "student_view": "weak",
+        },
     }
 
     def __init__(
@@ -49,9 +56,11 @@ class MeanTeacher(Method):
         super().__init__()
         self.student = build()
         self.teacher = frozen_copy(self.student)
+        one_of("teacher_mode", teacher_mode, "eval", "train")
         self.batch_statistics = ("teacher",) if teacher_mode == "train" else ()
-        self.weight, self.decay, self.ramp, self.buffers = weight, decay, ramp, buffers
-        self.student_view = student_view
+        self.weight, self.decay, self.ramp = weight, decay, ramp
+        self.buffers = one_of("buffers", buffers, "copy", "ema", "keep")
+        self.student_view = one_of("student_view", student_view, "strong", "weak")
 
     def step(self, batch, clock, minimize):
         with torch.no_grad():
@@ -61,5 +70,6 @@ class MeanTeacher(Method):
         sup = ce(logits, batch.label)
         cons = mse(logits_u, target, valid=batch.valid)  # eq. 1
         if minimize(sup + self.weight * ramp_up(clock, self.ramp) * cons, self.student):
-            ema(self.teacher, self.student, warm_decay(self.decay, clock.step), self.buffers)  # eq. 3
+            decay = warm_decay(self.decay, clock.step)
+            ema(self.teacher, self.student, decay, self.buffers)  # eq. 3
         return {"sup": sup.detach(), "cons": cons.detach()}

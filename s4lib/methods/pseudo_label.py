@@ -1,9 +1,10 @@
 """Pseudo-Label (Lee, ICML workshop 2013), per pixel.
 
-The network labels the unlabeled images with its own argmax, again at every step, and trains on those labels as if
-they were true; their weight ramps up. The paper keeps every label; `threshold` keeps only the confident ones, as
-nearly all later work does. Deviations: Lee's ramp is linear between two epochs, ours is `schedules.ramp_up`, which
-all our methods share, and his weight 3 was tuned for digit classification, ours is 1.
+The network labels the unlabeled images with its own argmax, again at every step, and trains on
+those labels as if they were true; their weight ramps up. The paper keeps every label; `threshold`
+keeps only the confident ones, as nearly all later work does. Deviations: Lee's ramp is linear
+between two epochs, ours is `schedules.ramp_up`, which all our methods share, and his weight 3 was
+tuned for digit classification, ours is 1.
 """
 
 from __future__ import annotations

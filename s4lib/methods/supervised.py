@@ -1,7 +1,8 @@
-"""Supervised-only: cross-entropy on the labeled images, nothing else. The floor every method must beat.
+"""Supervised-only: cross-entropy on the labeled images, the floor every method must beat.
 
-It comes twice in our tables: with the batch of labeled images that the others see, and as a *control* with as
-many images per step as a semi-supervised method sees in all (`batch` doubled), for a fair comparison of compute.
+It comes twice in our tables: with the batch of labeled images that the others see, and as a
+*control* with as many images per step as a semi-supervised method sees in all (`batch` doubled),
+for a fair comparison of compute.
 """
 
 from __future__ import annotations

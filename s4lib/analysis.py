@@ -1,0 +1,157 @@
+"""What chapters measure on trained networks: confidence, calibration, mistakes that stay, distance to a teacher.
+
+Pure functions of `Predictions` (what a network says about a set of images, beside the truth), of networks, or of a
+list of EMA decays. Shares are between 0 and 1; only pixels whose truth is not void count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data.images import Images
+from .method import IGNORE
+from .trained import Trained
+
+BATCH = 32
+
+
+class Predictions(NamedTuple):
+    """What one network says about N images of one size."""
+
+    label: Tensor  # most likely class          (N, H, W) uint8
+    confidence: Tensor  # its probability       (N, H, W) float
+    truth: Tensor  # annotation, IGNORE = void  (N, H, W) uint8
+
+    @property
+    def valid(self) -> Tensor:
+        return self.truth != IGNORE
+
+    @property
+    def wrong(self) -> Tensor:
+        return self.valid & (self.label != self.truth)
+
+    @property
+    def accuracy(self) -> float:
+        return 1 - float(self.wrong.sum() / self.valid.sum())
+
+
+def predictions(
+    model: Trained, images: Images, indices: Sequence[int], network: str = ""
+) -> Predictions:
+    """Whole images through a trained network, the deployed one unless another is named."""
+    parts = []
+    for first in range(0, len(indices), BATCH):
+        image, truth = map(
+            torch.stack, zip(*(images[i] for i in indices[first : first + BATCH]), strict=True)
+        )
+        confidence, label = model.probs(image, network).max(1)
+        parts.append((label.byte(), confidence, truth))
+    return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def precision_coverage(
+    given: Predictions, thresholds: Iterable[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(share of pixels kept, share of these that are right), one per threshold; NaN if none is kept."""
+    confidence, right = given.confidence[given.valid], ~given.wrong[given.valid]
+    kept = [confidence >= threshold for threshold in thresholds]
+    coverage = [float(keep.float().mean()) for keep in kept]
+    return np.array(coverage), np.array([float(right[keep].float().mean()) for keep in kept])
+
+
+def kept_by_class(given: Predictions, threshold: float, classes: int) -> dict[str, np.ndarray]:
+    """Three shares (K,): each class's in the "truth" and among the "kept" labels, and its "recall".
+
+    Recall is the share of the class's true pixels that are kept with the right label. NaN for a
+    class that does not occur.
+    """
+    truth, label = given.truth[given.valid], given.label[given.valid]
+    keep = given.confidence[given.valid] >= threshold
+    there = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[keep & (label == truth)], minlength=classes)
+    kept = np.bincount(label[keep], minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return {"truth": there / there.sum(), "kept": kept / kept.sum(), "recall": right / there}
+
+
+def reliability_bins(
+    given: Predictions, count: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mean confidence, accuracy, share of pixels) of equal bins of confidence; empty bins are left out."""
+    confidence = given.confidence[given.valid].double().numpy()
+    right = (~given.wrong[given.valid]).numpy()
+    place = np.minimum((confidence * count).astype(int), count - 1)
+    size = np.bincount(place, minlength=count)
+    used = size > 0
+    means = [np.bincount(place, v, count)[used] / size[used] for v in (confidence, right)]
+    return means[0], means[1], size[used] / size.sum()
+
+
+def calibration_error(given: Predictions, count: int = 15) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over bins (Guo et al. 2017, eq. 3)."""
+    confidence, accuracy, share = reliability_bins(given, count)
+    return float((share * np.abs(accuracy - confidence)).sum())
+
+
+class Fate(NamedTuple):
+    """What became of the confident mistakes of an earlier network; the last three add up to 1."""
+
+    mistakes: float  # confident mistakes, as a share of all pixels
+    kept: float  # of these: the later network gives the same wrong label
+    corrected: float  # the right one
+    changed: float  # another wrong one
+
+
+def fate(before: Predictions, after: Predictions, threshold: float) -> Fate:
+    """How a network treats the pixels that `before` got wrong with at least `threshold` confidence."""
+    chosen = before.wrong & (before.confidence >= threshold)
+    label, truth = after.label[chosen], after.truth[chosen]
+    kept = float((label == before.label[chosen]).float().mean())
+    corrected = float((label == truth).float().mean())
+    return Fate(float(chosen.sum() / before.valid.sum()), kept, corrected, 1 - kept - corrected)
+
+
+def near_border(truth: Tensor, pixels: int) -> Tensor:
+    """(N, H, W) bool: another class lies within `pixels` rows and columns. `truth` is (N, H, W)."""
+    value = truth.float()[:, None]
+    pool = lambda x: F.max_pool2d(x, 2 * pixels + 1, 1, pixels)  # noqa: E731
+    return (pool(value) != -pool(-value))[:, 0]
+
+
+def disagreement(one: Predictions, other: Predictions) -> float:
+    """Share of pixels to which two networks give different labels."""
+    return float((one.label != other.label)[one.valid].float().mean())
+
+
+def weight_distance(net: nn.Module, other: nn.Module) -> float:
+    """|net - other| / |other|, Euclidean, over all parameters together; buffers do not count."""
+    ours, theirs = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (net, other))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def past_weights(decays: Sequence[float]) -> np.ndarray:
+    """(S,): how much of the student after step s is in a teacher averaged with decays[0..S-1].
+
+    What is missing to 1 is the teacher's own initial weights.
+    """
+    decays = np.asarray(decays, dtype=float)
+    remains = np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)  # of what came in at each step
+    return (1 - decays) * remains
+
+
+def memory_age(decays: Sequence[float]) -> np.ndarray:
+    """(S,): after each step, the mean age in steps of what the teacher is made of.
+
+    The newest student has age 0; initial weights are as old as the averaging.
+    """
+    age, ages = 0.0, []
+    for decay in decays:
+        age = decay * (age + 1)
+        ages.append(age)
+    return np.array(ages)

@@ -1,0 +1,42 @@
+"""SIGINT and SIGTERM as requests: a run finishes its step, writes its checkpoint, then stops."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by a signal after its checkpoint was written. `signal` is the signal's
+    number."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(
+            f"stopped at step {step}; its checkpoint is written, resume continues from there"
+        )
+        self.signal = number
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Turn the first SIGINT or SIGTERM into a request (`.number`); a second one acts as usual."""
+
+    class Stop:
+        number: int | None = None
+
+    stop, kept = Stop(), {}
+
+    def note(number, frame):
+        stop.number = number
+        signal.signal(number, kept[number])
+        print("stopping after this step ...", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""Weight files: read without running code in them, and fitted to an encoder without guessing."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or torch file, on the CPU; code inside a pickle is never run.
+
+    Raises:
+        ValueError: missing, truncated, or holding anything but tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable tensor file ({first_line(error)})") from error
+    except Exception as error:  # safetensors and pickle raise types of their own
+        raise ValueError(
+            f"{path}: refused, corrupt or not made of plain tensors ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+
+
+def load_encoder(net: nn.Module, path: Path) -> None:
+    """Initialise the encoder from a timm classifier's or encoder's state dict.
+
+    Strict: every tensor that reaches an output must be there in its shape, and nothing may be left
+        over but the
+    classifier. (BN's step counters, and blocks behind the last feature used, are not needed.)
+
+    Raises:
+        ValueError: the file belongs to another architecture; names the first keys.
+    """
+    given = read_tensors(path)
+    wanted = net.encoder.state_dict()
+    given = {k: v for k, v in given.items() if not k.startswith(net.head_keys)}
+    unused = _unused_parameters(net)
+    optional = lambda k: k.endswith("num_batches_tracked") or k.rsplit(".", 1)[0] in unused  # noqa: E731
+    missing = [k for k in wanted if k not in given and not optional(k)]
+    extra = [k for k in given if k not in wanted]
+    shapes = [k for k in given if k in wanted and given[k].shape != wanted[k].shape]
+    for what, keys in (
+        ("lacks", missing),
+        ("has no place for", extra),
+        ("has other shapes for", shapes),
+    ):
+        if keys:
+            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+            verb = (
+                "the encoder has no place for" if what.startswith("has no") else f"the file {what}"
+            )
+            raise ValueError(
+                f"{path}: weights of another architecture: {verb} {', '.join(keys[:2])}{more}; "
+                f"expected timm {net.encoder.__class__.__name__} with {len(wanted)} tensors"
+            )
+    net.encoder.load_state_dict({**wanted, **given})
+
+
+def _unused_parameters(net: nn.Module) -> set[str]:
+    """Names of the encoder's modules whose parameters reach no output."""
+    training = net.encoder.training
+    net.encoder.eval()
+    sum(f.sum() for f in net.encoder(torch.zeros(1, 3, 64, 64))).backward()
+    unused = {n.rsplit(".", 1)[0] for n, p in net.encoder.named_parameters() if p.grad is None}
+    net.encoder.zero_grad(set_to_none=True)
+    net.encoder.train(training)
+    return unused
