@@ -1,7 +1,7 @@
-"""What chapters measure on trained networks: confidence, calibration, mistakes that stay, distance to a teacher.
+"""What chapters measure on trained networks: confidence, mistakes that stay, distance to a teacher.
 
-Pure functions of `Predictions` (what a network says about a set of images, beside the truth), of networks, or of a
-list of EMA decays. Shares are between 0 and 1; only pixels whose truth is not void count.
+Pure functions of `Predictions` (what a network says about some images, beside the truth), of
+networks, or of EMA decays. Shares lie between 0 and 1; pixels whose truth is void do not count.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from .data.images import Images
 from .method import IGNORE
+from .records import Difference, paired
 from .trained import Trained
 
 BATCH = 32
+Curve = np.ndarray  # (points,)
 
 
 class Predictions(NamedTuple):
@@ -47,18 +49,15 @@ def predictions(
     """Whole images through a trained network, the deployed one unless another is named."""
     parts = []
     for first in range(0, len(indices), BATCH):
-        image, truth = map(
-            torch.stack, zip(*(images[i] for i in indices[first : first + BATCH]), strict=True)
-        )
+        chunk = [images[i] for i in indices[first : first + BATCH]]
+        image, truth = map(torch.stack, zip(*chunk, strict=True))
         confidence, label = model.probs(image, network).max(1)
         parts.append((label.byte(), confidence, truth))
     return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def precision_coverage(
-    given: Predictions, thresholds: Iterable[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(share of pixels kept, share of these that are right), one per threshold; NaN if none is kept."""
+def precision_coverage(given: Predictions, thresholds: Iterable[float]) -> tuple[Curve, Curve]:
+    """(share of pixels kept, share of these that are right) per threshold; NaN if none is kept."""
     confidence, right = given.confidence[given.valid], ~given.wrong[given.valid]
     kept = [confidence >= threshold for threshold in thresholds]
     coverage = [float(keep.float().mean()) for keep in kept]
@@ -66,11 +65,8 @@ def precision_coverage(
 
 
 def kept_by_class(given: Predictions, threshold: float, classes: int) -> dict[str, np.ndarray]:
-    """Three shares (K,): each class's in the "truth" and among the "kept" labels, and its "recall".
-
-    Recall is the share of the class's true pixels that are kept with the right label. NaN for a
-    class that does not occur.
-    """
+    """Shares (K,): each class's in the "truth" and among the "kept" labels, and its "recall", the
+    share of its true pixels that are kept with the right label."""
     truth, label = given.truth[given.valid], given.label[given.valid]
     keep = given.confidence[given.valid] >= threshold
     there = np.bincount(truth, minlength=classes)
@@ -80,10 +76,8 @@ def kept_by_class(given: Predictions, threshold: float, classes: int) -> dict[st
         return {"truth": there / there.sum(), "kept": kept / kept.sum(), "recall": right / there}
 
 
-def reliability_bins(
-    given: Predictions, count: int = 15
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean confidence, accuracy, share of pixels) of equal bins of confidence; empty bins are left out."""
+def reliability_bins(given: Predictions, count: int = 15) -> tuple[Curve, Curve, Curve]:
+    """(mean confidence, accuracy, share of pixels) of bins of equal width, empty ones left out."""
     confidence = given.confidence[given.valid].double().numpy()
     right = (~given.wrong[given.valid]).numpy()
     place = np.minimum((confidence * count).astype(int), count - 1)
@@ -94,31 +88,31 @@ def reliability_bins(
 
 
 def calibration_error(given: Predictions, count: int = 15) -> float:
-    """Expected calibration error: mean |accuracy - confidence| over bins (Guo et al. 2017, eq. 3)."""
+    """Expected calibration error: mean |accuracy - confidence| of bins (Guo et al. 2017, eq. 3)."""
     confidence, accuracy, share = reliability_bins(given, count)
     return float((share * np.abs(accuracy - confidence)).sum())
 
 
 class Fate(NamedTuple):
-    """What became of the confident mistakes of an earlier network; the last three add up to 1."""
+    """What became of an earlier network's confident mistakes."""
 
-    mistakes: float  # confident mistakes, as a share of all pixels
+    mistakes: float  # as a share of all pixels
     kept: float  # of these: the later network gives the same wrong label
-    corrected: float  # the right one
-    changed: float  # another wrong one
+    corrected: float  # it gives the right one; what is left to 1 got another wrong one
 
 
 def fate(before: Predictions, after: Predictions, threshold: float) -> Fate:
-    """How a network treats the pixels that `before` got wrong with at least `threshold` confidence."""
+    """What a later network says where `before` was wrong with at least `threshold` confidence."""
     chosen = before.wrong & (before.confidence >= threshold)
     label, truth = after.label[chosen], after.truth[chosen]
-    kept = float((label == before.label[chosen]).float().mean())
-    corrected = float((label == truth).float().mean())
-    return Fate(float(chosen.sum() / before.valid.sum()), kept, corrected, 1 - kept - corrected)
+    count = chosen.sum().clamp(min=1)  # without any mistake, all shares are 0
+    kept, corrected = (label == before.label[chosen]).sum(), (label == truth).sum()
+    shares = chosen.sum() / before.valid.sum(), kept / count, corrected / count
+    return Fate(*map(float, shares))
 
 
 def near_border(truth: Tensor, pixels: int) -> Tensor:
-    """(N, H, W) bool: another class lies within `pixels` rows and columns. `truth` is (N, H, W)."""
+    """(N, H, W) bool: another class lies within `pixels` rows and columns. Void is a class here."""
     value = truth.float()[:, None]
     pool = lambda x: F.max_pool2d(x, 2 * pixels + 1, 1, pixels)  # noqa: E731
     return (pool(value) != -pool(-value))[:, 0]
@@ -136,22 +130,27 @@ def weight_distance(net: nn.Module, other: nn.Module) -> float:
 
 
 def past_weights(decays: Sequence[float]) -> np.ndarray:
-    """(S,): how much of the student after step s is in a teacher averaged with decays[0..S-1].
-
-    What is missing to 1 is the teacher's own initial weights.
-    """
+    """(S,): share of each step's student in a teacher averaged with `decays`. What is missing to 1
+    is the teacher's own initial weights."""
     decays = np.asarray(decays, dtype=float)
     remains = np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)  # of what came in at each step
     return (1 - decays) * remains
 
 
 def memory_age(decays: Sequence[float]) -> np.ndarray:
-    """(S,): after each step, the mean age in steps of what the teacher is made of.
-
-    The newest student has age 0; initial weights are as old as the averaging.
-    """
+    """(S,): after each step, the mean age in steps of what the teacher is made of: 0 for the newest
+    student, the number of steps for the teacher's initial weights."""
     age, ages = 0.0, []
     for decay in decays:
         age = decay * (age + 1)
         ages.append(age)
     return np.array(ages)
+
+
+def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:
+    """As `records.paired`, for any quantity measured once per label draw, in the same order."""
+    sides = [
+        [{"config": {"draw": i, "seed": 0}, "value": v} for i, v in enumerate(values)]
+        for values in (ours, base)
+    ]
+    return paired(*sides, value=lambda record: record["value"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import typing
 from pathlib import Path
 
 import torch
 
-from .config import Config
+from .config import Config, checked
 from .data import open_dataset
 from .data.images import Images
 from .data.splits import Split, split
@@ -36,6 +37,8 @@ def build_method(config: Config, classes: int) -> Method:
     if unknown:
         has = ", ".join(valid) or "none"
         raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {has}")
+    kinds = typing.get_type_hints(kind.__init__)
+    arguments = {name: checked(name, value, kinds[name]) for name, value in arguments.items()}
     torch.manual_seed(config.seed)
     method = kind(
         lambda: build_net(config.net, classes, weights=config.weights, **config.net_args),

@@ -101,6 +101,10 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
         "--gpus", type=int, default=0, help="processes to start through torchrun; 0 is this one"
     )
     parser.add_class_arguments(Config, as_group=False)
+    texts = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", Config.__doc__, re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in texts}
+    for action in parser._actions:  # each field's help is its line in the docstring
+        action.help = texts.get(action.dest, action.help)
     parser.set_defaults(protocol="")
     first = parser.parse_args(arguments)
     name = first.protocol or profile_protocol(first.profile, first.dataset)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -97,11 +98,13 @@ class Config:
 
     def __post_init__(self):
         for f, kind in zip(fields(self), typing.get_type_hints(type(self)).values(), strict=True):
-            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), kind))
+            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), kind))
         for name, length in (("size", (0, 2)), ("crop", (0, 2)), ("scale", (2,))):
             value = getattr(self, name)
             if len(value) not in length or any(v <= 0 for v in value):
                 raise ValueError(f"{name}={list(value)}: give two positive numbers")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: give the lower bound first")
         for name in ("epochs", "batch", "unlabeled_batch", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
@@ -149,20 +152,26 @@ class Config:
         return f"{self.protocol}-{self.method}{preset}-d{self.draw}-s{self.seed}-{self.hash}"
 
 
-def _checked(name: str, value: object, kind: object) -> object:
-    """`value` as `kind` (int to float, list to tuple are the only conversions); ValueError
-    otherwise."""
+def checked(name: str, value: object, kind: object) -> object:
+    """`value` as `kind`; int to float and list to tuple are the only conversions.
+
+    A kind with alternatives (`int | None`) is not checked. Raises ValueError for another kind.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return value
     if origin is typing.Literal:
         if value not in arguments:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(arguments)}")
         return value
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}={value!r}: expected a list of numbers")
-        return tuple(_checked(name, v, arguments[0]) for v in value)
+        return tuple(checked(name, v, arguments[0]) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected a finite number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return dict(value) if kind is dict else value

@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# What a child's environment says where the caller's does not. The warning is tqdm's, which timm's
+# imports set off: it misses a widget that a static page could not show anyway.
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass
@@ -79,7 +85,7 @@ def _start(job: Job, root: Path) -> Job:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=root,
-            env={**dict.fromkeys(THREADS, "1"), **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**ENVIRONMENT, **os.environ},
             start_new_session=True,
         )
     job.started = time.monotonic()
@@ -203,7 +209,7 @@ def _show(running: list[Job], done: int, total: int) -> None:
         now = time.monotonic()
         parts = [f"{job.name} {clock(now - job.started)}" for job in running]
         line = f"  {done}/{total} done, running: {', '.join(parts)}"
-        width = shutil.get_terminal_size().columns
+        width = shutil.get_terminal_size().columns or 80  # some pseudo-terminals say 0
         print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
 
 

@@ -8,6 +8,7 @@ logits = net(image, perturb=nn.Dropout2d())   # encode -> perturb(features) -> d
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import checked
 from .method import one_of
 from .weights import first_line, load_encoder
 
@@ -162,7 +164,7 @@ class SegNet(nn.Module):
             tuple(info.get("mean", (0.5,) * 3)),
             tuple(info.get("std", (0.5,) * 3)),
         )
-        self.head_keys = info.get("classifier") or "classifier"
+        self.source = encoder, encoder_args or {}  # the timm model that weights are given for
         if norm == "group":
             batch_to_group_norm(self)
 
@@ -205,8 +207,10 @@ def build_net(name: str, classes: int, *, weights: str | None = None, **changes)
         raise ValueError(f"net={name!r}: choose one of {', '.join(NETS)}")
     unknown = sorted(set(changes) - set(SegNet.__init__.__kwdefaults__) - {"encoder"})
     if unknown:
-        valid = ", ".join(["encoder", *SegNet.__init__.__kwdefaults__][1:])
+        valid = ", ".join(["encoder", *SegNet.__init__.__kwdefaults__])
         raise ValueError(f"net_args has unknown key {unknown[0]!r}: choose from {valid}")
+    kinds = typing.get_type_hints(SegNet.__init__)
+    changes = {key: checked(key, value, kinds[key]) for key, value in changes.items()}
     arguments = {**NETS[name], **changes}
     if "encoder" in changes and "encoder_args" not in changes:
         arguments.pop("encoder_args", None)  # they belong to the encoder that was replaced

@@ -181,3 +181,77 @@ def reliability(bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -
     bottom.set(xlabel="confidence", ylabel="share of pixels", xlim=(0, 1), ylim=(0, None))
     top.legend()
     return figure
+
+
+def as_mistakes(
+    label: np.ndarray, truth: np.ndarray, confidence: np.ndarray, threshold: float
+) -> np.ndarray:
+    """(H, W, 3) picture: right pixels pale, mistakes amber, confident mistakes dark red."""
+    wrong = np.asarray(label) != np.asarray(truth)
+    picture = np.full((*wrong.shape, 3), (226, 230, 236), dtype=np.uint8)
+    picture[wrong] = (240, 178, 80)
+    picture[wrong & (np.asarray(confidence) >= threshold)] = (160, 24, 42)
+    picture[np.asarray(truth) == 255] = 255
+    return picture
+
+
+def precision_coverage(
+    runs: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+    thresholds: Sequence[float],
+    marked: Sequence[float],
+) -> Figure:
+    """Accuracy of what is kept against how much is kept: {name: [(coverage, precision) per run]}.
+
+    A dot and a number stand where the threshold is one of `marked`, on the mean of the runs.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    at = [list(thresholds).index(value) for value in marked]
+    for name, curves_ in runs.items():
+        for coverage, precision in curves_:
+            axis.plot(coverage, precision, color=color_of(name), alpha=0.25, linewidth=1)
+        coverage, precision = np.mean(curves_, axis=0)
+        axis.plot(coverage, precision, color=color_of(name), label=name)
+        axis.plot(coverage[at], precision[at], "o", color=color_of(name), markersize=5)
+        for i, value in zip(at, marked, strict=True):
+            place = (coverage[i], precision[i])
+            axis.annotate(f"{value:g}", place, (4, 5), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="share of pixels kept", ylabel="share of these that are right", xlim=(0, 1.04))
+    if len(runs) > 1:
+        axis.legend()
+    return figure
+
+
+def class_shares(panels: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> Figure:
+    """One panel of bars per title, classes downwards: {title: {bar name: share per class}}."""
+    size = (7.2, 0.9 + 0.32 * len(classes))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    at = np.arange(len(classes))
+    for axis, (title, bars) in zip(axes[0], panels.items(), strict=True):
+        height = 0.76 / len(bars)
+        for i, (name, values) in enumerate(bars.items()):
+            place = at + (i - (len(bars) - 1) / 2) * height
+            axis.barh(place, values, height, color=color_of(name), label=name)
+        axis.set(title=title, xlim=(0, None))
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+        axis.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+        axis.grid(axis="y", visible=False)
+        if len(bars) > 1:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(bars))
+    axes[0, 0].set_yticks(at, classes)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, xlabel: str) -> Figure:
+    """One panel of overlaid histograms of equal area per title: {title: {name: values}}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.7 * len(panels), 2.5), squeeze=False)
+    for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
+        top = max(np.quantile(v, 0.99) for v in values.values())
+        for color, (name, v) in zip(("#4a77c4", "#d1495b"), values.items(), strict=True):
+            axis.hist(
+                v, bins=np.linspace(0, top, 41), density=True, alpha=0.5, color=color, label=name
+            )
+        axis.set(title=title, yticks=[])
+    figure.supxlabel(xlabel, fontsize=9)
+    axes[0][-1].legend()
+    return figure

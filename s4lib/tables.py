@@ -7,6 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .analysis import paired_values
 from .records import paired, score, stale, summary
 
 
@@ -74,3 +75,20 @@ def class_iou(results: Mapping[str, dict]) -> Table:
     return Table(
         ["class", *results], rows, "IoU in %, last evaluation; – where a class occurs nowhere."
     )
+
+
+def differences(
+    quantities: Mapping[str, Mapping[str, Sequence[float]]], base: str, caption: str = ""
+) -> Table:
+    """Any quantities measured once per label draw, {quantity: {name: [value per draw]}}: mean and
+    sample standard deviation, paired difference to `base` with its 95 % interval, and verdict."""
+    words, rows = {"better": "higher", "worse": "lower"}, []
+    for quantity, values in quantities.items():
+        for name, ours in values.items():
+            row = [quantity, name, summary(ours)]
+            if name == base:
+                rows.append([*row, "", "the reference"])
+                continue
+            difference = paired_values(ours, values[base])
+            rows.append([*row, difference, words.get(difference.verdict, difference.verdict)])
+    return Table(["", "", "mean", f"minus {base}", "verdict"], rows, caption)

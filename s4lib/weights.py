@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -39,15 +40,25 @@ def load_encoder(net: nn.Module, path: Path) -> None:
     """Initialise the encoder from a timm classifier's or encoder's state dict.
 
     Strict: every tensor that reaches an output must be there in its shape, and nothing may be left
-        over but the
-    classifier. (BN's step counters, and blocks behind the last feature used, are not needed.)
+    over but what only the classifier has. (BN's step counters, and blocks behind the last feature
+    used, are not needed.)
 
     Raises:
         ValueError: the file belongs to another architecture; names the first keys.
     """
     given = read_tensors(path)
     wanted = net.encoder.state_dict()
-    given = {k: v for k, v in given.items() if not k.startswith(net.head_keys)}
+    if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):
+        raise ValueError(f"{path}: not a state dict (names with tensors)")
+    name, arguments = net.source
+    with torch.device("meta"):
+        whole = timm.create_model(name, **arguments).state_dict()
+    # timm's feature extractors call a classifier's `stages.0` `stages_0`.
+    given = {
+        k if k in wanted or k not in whole else k.replace(".", "_", 1): v for k, v in given.items()
+    }
+    heads = {k.replace(".", "_", 1) for k in whole} - wanted.keys()
+    given = {k: v for k, v in given.items() if k not in heads}
     unused = _unused_parameters(net)
     optional = lambda k: k.endswith("num_batches_tracked") or k.rsplit(".", 1)[0] in unused  # noqa: E731
     missing = [k for k in wanted if k not in given and not optional(k)]
@@ -74,7 +85,8 @@ def _unused_parameters(net: nn.Module) -> set[str]:
     """Names of the encoder's modules whose parameters reach no output."""
     training = net.encoder.training
     net.encoder.eval()
-    sum(f.sum() for f in net.encoder(torch.zeros(1, 3, 64, 64))).backward()
+    with torch.enable_grad():
+        sum(f.sum() for f in net.encoder(torch.zeros(1, 3, 64, 64))).backward()
     unused = {n.rsplit(".", 1)[0] for n, p in net.encoder.named_parameters() if p.grad is None}
     net.encoder.zero_grad(set_to_none=True)
     net.encoder.train(training)

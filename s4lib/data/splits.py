@@ -65,5 +65,5 @@ def _class_balanced(images: Images, count: int, rng: np.random.Generator) -> np.
 
 
 def _spread(length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    edges = np.linspace(0, length, count + 1)
+    edges = np.linspace(0, length, count + 1).astype(int)  # whole numbers: no frame twice
     return (edges[:-1] + rng.uniform(size=count) * np.diff(edges)).astype(int)

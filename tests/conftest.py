@@ -1,0 +1,137 @@
+"""Shared pieces: tiny configs, a synthetic CamVid in both layouts, one tiny trained run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread adds in one order
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s4lib.config import Config, protocol
+from s4lib.data.camvid import CamVid
+from s4lib.data.mosaic import Mosaic
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(1)
+
+
+def tiny_config(**changes) -> Config:
+    """A run of a second: 3 steps an epoch, 2 epochs, mosaic at 32 x 32, evaluated on 6 images."""
+    values = {
+        "net": "tiny",
+        "size": (32, 32),
+        "labeled": 8,
+        "unlabeled": 12,
+        "eval_images": 6,
+        "epochs": 2,
+        "batch": 4,
+        "unlabeled_batch": 4,
+        "device": "cpu",
+    }
+    return protocol("mosaic-32", **{**values, **changes})
+
+
+@pytest.fixture
+def tiny():
+    return tiny_config
+
+
+@pytest.fixture(autouse=True)
+def mosaic_drawn_once(monkeypatch, request):
+    """Draw each mosaic image once per test process: most tests want the same ones."""
+    kept = request.config.stash.setdefault(KEPT, {})
+    draw = Mosaic.read
+
+    def read(self, index):
+        key = self.part, index, self.size
+        if key not in kept:
+            kept[key] = draw(self, index)
+        return kept[key]
+
+    monkeypatch.setattr(Mosaic, "read", read)
+
+
+KEPT = pytest.StashKey[dict]()
+
+
+@pytest.fixture
+def shared():
+    """The folder of reference data beside the checkout; tests that need it are skipped without."""
+
+    def find(*parts: str) -> Path:
+        path = SHARED.joinpath(*parts)
+        if not path.exists():
+            pytest.skip(
+                f"needs ../shared/{'/'.join(parts)}, which does not lie beside this checkout"
+            )
+        return path
+
+    return find
+
+
+def write_camvid(root: Path, *, ending: str = ".png", prefix: str = "", count: int = 6) -> Path:
+    """A folder in CamVid's layout: `count` frames of 24 x 18 pixels per part, all classes, void."""
+    for number, part in enumerate(("train", "val", "test")):
+        (root / part).mkdir(parents=True)
+        (root / f"{part}annot").mkdir()
+        lines = []
+        for i in range(count):
+            rng = np.random.default_rng([number, i])
+            label = np.kron(rng.permutation(12).reshape(3, 4), np.ones((6, 6))).astype(np.uint8)
+            image = Image.fromarray(
+                np.append(CamVid.colors, [[0, 0, 0]], 0).astype(np.uint8)[label]
+            )
+            name = f"frame_{i:03d}"
+            image.save(root / part / f"{name}{ending}", **JPEG.get(ending, {}))
+            Image.fromarray(label).save(root / f"{part}annot" / f"{name}.png")
+            lines.append(f"{prefix}{part}/{name}{ending} {prefix}{part}annot/{name}.png")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+JPEG = {".jpg": {"quality": 100, "subsampling": 0}}
+
+
+@pytest.fixture
+def camvid(tmp_path) -> Path:
+    """A synthetic CamVid, .jpg frames and plain list files."""
+    return write_camvid(tmp_path / "camvid", ending=".jpg")
+
+
+@pytest.fixture
+def tutorial_camvid(tmp_path) -> Path:
+    """A synthetic CamVid as the SegNet tutorial ships it: .png, paths of its author's machine."""
+    return write_camvid(tmp_path / "tutorial", prefix="/SegNet/CamVid/")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """The folder of one finished tiny run of mean_teacher (do not write into it)."""
+    from s4lib.trainer import fit
+
+    out = tmp_path_factory.mktemp("trained")
+    config = tiny_config(method="mean_teacher")
+    fit(config, out=out)
+    return out / config.run_id
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run `s4 ...` in this process; assert exit code 2 and one line on stderr; return that line."""
+    from s4lib.cli import main
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("s4: ") and error.count("\n") == 1, error
+        return error
+
+    return run

@@ -1,0 +1,117 @@
+"""Measurements on trained networks, each on an example small enough to compute by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from s4lib import analysis, tables, trained
+from s4lib.analysis import Predictions
+from s4lib.data import open_dataset
+from s4lib.method import IGNORE, ema, frozen_copy
+from s4lib.schedules import warm_decay
+
+
+def given(label, confidence, truth) -> Predictions:
+    """One image of one row."""
+    label, truth = (torch.tensor([[values]], dtype=torch.uint8) for values in (label, truth))
+    return Predictions(label, torch.tensor([[confidence]]), truth)
+
+
+ROW = given([0, 1, 1, 2, 0], [0.95, 0.55, 0.95, 0.55, 0.99], [0, 1, 2, 0, IGNORE])
+
+
+def test_void_is_neither_right_nor_wrong():
+    assert ROW.valid.sum() == 4 and ROW.wrong.sum() == 2 and ROW.accuracy == 0.5
+
+
+def test_a_higher_threshold_keeps_less():
+    coverage, precision = analysis.precision_coverage(ROW, [0, 0.9, 1])
+    assert coverage.tolist() == [1, 0.5, 0]
+    assert precision[:2].tolist() == [0.5, 0.5] and np.isnan(precision[2])
+
+
+def test_kept_labels_are_counted_by_class():
+    share = analysis.kept_by_class(ROW, 0.9, 4)
+    assert share["truth"].tolist() == [0.5, 0.25, 0.25, 0]
+    assert share["kept"].tolist() == [0.5, 0.5, 0, 0]
+    np.testing.assert_array_equal(share["recall"], [0.5, 0, 0, np.nan])
+
+
+def test_calibration_error_weighs_bins_by_their_pixels():
+    confidence, accuracy, share = analysis.reliability_bins(ROW, 10)
+    np.testing.assert_allclose(confidence, [0.55, 0.95], rtol=1e-6)
+    assert accuracy.tolist() == [0.5, 0.5] and share.tolist() == [0.5, 0.5]
+    assert analysis.calibration_error(ROW, 10) == pytest.approx((0.05 + 0.45) / 2)
+
+
+def test_certainty_falls_into_the_last_bin():
+    sure = given([0, 0], [1.0, 1.0], [0, 1])
+    assert analysis.calibration_error(sure) == pytest.approx(0.5)
+
+
+def test_fate_looks_only_at_confident_mistakes():
+    before = given([1, 1, 1, 1, 0], [0.95, 0.95, 0.95, 0.5, 0.95], [0, 0, 0, 0, 0])
+    after = given([1, 0, 2, 1, 1], [0.5, 0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0, 0])
+    fate = analysis.fate(before, after, 0.9)
+    assert fate == pytest.approx((3 / 5, 1 / 3, 1 / 3))
+
+
+def test_border_is_where_another_class_is_within_reach():
+    truth = torch.tensor([[[0, 0, 0, 0, 1]]], dtype=torch.uint8).expand(1, 5, 5)
+    assert analysis.near_border(truth, 1)[0, 2].tolist() == [False, False, False, True, True]
+    assert analysis.near_border(truth, 2)[0, 2].tolist() == [False, False, True, True, True]
+
+
+def test_disagreement_leaves_out_void():
+    other = ROW._replace(label=torch.tensor([[[0, 0, 1, 2, 1]]], dtype=torch.uint8))
+    assert analysis.disagreement(ROW, other) == 0.25 and analysis.disagreement(ROW, ROW) == 0
+
+
+def test_weight_distance_is_relative_to_the_second_network():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    double = frozen_copy(net)
+    for parameter in double.parameters():
+        parameter.mul_(2)
+    double[1].running_mean += 7  # buffers do not count
+    assert analysis.weight_distance(net, net) == 0
+    assert analysis.weight_distance(double, net) == pytest.approx(1)
+
+
+def test_past_weights_say_what_ema_does():
+    decays = [warm_decay(0.8, step) for step in range(9)]
+    students = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    for decay, value in zip(decays, students, strict=True):
+        nn.init.constant_(student.weight, float(value))
+        ema(teacher, student, decay)
+    weights = analysis.past_weights(decays)
+    assert weights.sum() == pytest.approx(1)  # a warmed-up average forgets its initial weights
+    assert teacher.weight.item() == pytest.approx(float(students.numpy() @ weights), abs=1e-6)
+
+
+def test_constant_decay_keeps_some_of_the_initial_weights():
+    assert 1 - analysis.past_weights([0.9] * 10).sum() == pytest.approx(0.9**10)
+
+
+def test_memory_age_is_the_mean_age_of_the_past_weights():
+    decays = [warm_decay(0.8, step) for step in range(30)]
+    expected = analysis.past_weights(decays) @ np.arange(29, -1, -1)
+    assert analysis.memory_age(decays)[-1] == pytest.approx(expected)
+    assert analysis.memory_age([0.0, 0.5, 0.0]).tolist() == [0, 0.5, 0]
+
+
+def test_paired_values_pair_by_position():
+    assert analysis.paired_values([3, 5], [1, 3]).values == (2, 2)
+    table = tables.differences({"q": {"a": [1.0, 3.0], "b": [2.0, 4.1]}}, "a", "points")
+    assert [row[1] for row in table.rows] == ["a", "b"] and table.rows[0][-1] == "the reference"
+    assert table.rows[1][-1] == "higher"
+
+
+def test_predictions_of_a_trained_run(trained_run):
+    model = trained.load(trained_run, device="cpu")
+    images = open_dataset("mosaic", "val", size=(32, 32))
+    found = analysis.predictions(model, images, range(3), network="teacher")
+    assert found.label.shape == found.confidence.shape == found.truth.shape == (3, 32, 32)
+    assert found.label.dtype == found.truth.dtype == torch.uint8
+    assert float(found.confidence.min()) >= 1 / len(images.classes)
