@@ -19,7 +19,6 @@ from .method import IGNORE
 from .records import Difference, paired
 from .trained import Trained
 
-BATCH = 32
 Curve = np.ndarray  # (points,)
 
 
@@ -48,8 +47,8 @@ def predictions(
 ) -> Predictions:
     """Whole images through a trained network, the deployed one unless another is named."""
     parts = []
-    for first in range(0, len(indices), BATCH):
-        chunk = [images[i] for i in indices[first : first + BATCH]]
+    for first in range(0, len(indices), 32):
+        chunk = [images[i] for i in indices[first : first + 32]]
         image, truth = map(torch.stack, zip(*chunk, strict=True))
         confidence, label = model.probs(image, network).max(1)
         parts.append((label.byte(), confidence, truth))
@@ -65,8 +64,7 @@ def precision_coverage(given: Predictions, thresholds: Iterable[float]) -> tuple
 
 
 def kept_by_class(given: Predictions, threshold: float, classes: int) -> dict[str, np.ndarray]:
-    """Shares (K,): each class's in the "truth" and among the "kept" labels, and its "recall", the
-    share of its true pixels that are kept with the right label."""
+    """Shares (K,): a class's in the "truth", among "kept" labels, and kept with the right label."""
     truth, label = given.truth[given.valid], given.label[given.valid]
     keep = given.confidence[given.valid] >= threshold
     there = np.bincount(truth, minlength=classes)
@@ -130,16 +128,14 @@ def weight_distance(net: nn.Module, other: nn.Module) -> float:
 
 
 def past_weights(decays: Sequence[float]) -> np.ndarray:
-    """(S,): share of each step's student in a teacher averaged with `decays`. What is missing to 1
-    is the teacher's own initial weights."""
+    """(S,) shares of each step's student in a teacher; what is missing to 1 is its own beginning."""
     decays = np.asarray(decays, dtype=float)
     remains = np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)  # of what came in at each step
     return (1 - decays) * remains
 
 
 def memory_age(decays: Sequence[float]) -> np.ndarray:
-    """(S,): after each step, the mean age in steps of what the teacher is made of: 0 for the newest
-    student, the number of steps for the teacher's initial weights."""
+    """(S,) mean age in steps, after each step, of all that the teacher has averaged so far."""
     age, ages = 0.0, []
     for decay in decays:
         age = decay * (age + 1)
@@ -149,8 +145,7 @@ def memory_age(decays: Sequence[float]) -> np.ndarray:
 
 def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:
     """As `records.paired`, for any quantity measured once per label draw, in the same order."""
-    sides = [
-        [{"config": {"draw": i, "seed": 0}, "value": v} for i, v in enumerate(values)]
-        for values in (ours, base)
+    wrap = lambda values: [  # noqa: E731
+        {"config": {"draw": i, "seed": 0}, "value": v} for i, v in enumerate(values)
     ]
-    return paired(*sides, value=lambda record: record["value"])
+    return paired(wrap(ours), wrap(base), value=lambda record: record["value"])

@@ -13,7 +13,9 @@ from .analysis import Predictions, near_border
 from .method import IGNORE
 
 
-def neighbour_distances(images: Tensor, labels: Tensor, patch: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbour_distances(
+    images: Tensor, labels: Tensor, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Distances of patches around neighbouring pixels: (within one class, across a boundary).
 
     The root mean square difference, in grey levels, of the patch x patch windows around a pixel and

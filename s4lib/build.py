@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from .data.splits import Split, split
 from .method import Method
 from .methods import METHODS
 from .nets import build_net
+
+HERE = Path(__file__).resolve().parent
+CORE = "method losses mixing perturb schedules nets minimizer trainer evaluate metrics".split()
 
 
 def build_method(config: Config, classes: int) -> Method:
@@ -63,6 +69,21 @@ def open_data(config: Config) -> tuple[Images, Split, Images, range]:
 
 
 def method_source(name: str) -> str:
-    """Hash of the method's file: a record made by another version of it is stale."""
-    source = Path(inspect.getsourcefile(METHODS[name])).read_bytes()
-    return hashlib.sha256(source).hexdigest()[:12]
+    """Fingerprint of the code that decides a method's numbers: its file and the core it stands on.
+
+    A record made by other code is stale. Comments, docstrings and white space do not count.
+    """
+    own = Path(inspect.getsourcefile(METHODS[name]))
+    core = (path for path in HERE.glob("*.py") if path.stem in CORE)
+    files = [own, *sorted(core), *sorted((HERE / "data").glob("*.py"))]
+    return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _code(path: Path) -> str:
+    source = path.read_text("utf8")
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "".join("".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines)

@@ -102,7 +102,7 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
     )
     parser.add_class_arguments(Config, as_group=False)
     texts = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", Config.__doc__, re.MULTILINE)
-    texts = {name: " ".join(text.split()) for name, text in texts}
+    texts = {name: " ".join(text.split()).rstrip(".") for name, text in texts}
     for action in parser._actions:  # each field's help is its line in the docstring
         action.help = texts.get(action.dest, action.help)
     parser.set_defaults(protocol="")
@@ -241,7 +241,12 @@ def book(arguments: list[str]) -> int:
     parser = _parser("book", "Run notebooks with papermill and compile the book into _build/html.")
     parser.add_argument("names", nargs="*", default=[], help="notebooks to run; none means all")
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=None,
+        help="notebooks at a time; by default one per core, or one on a GPU",
+    )
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )

@@ -44,6 +44,7 @@ class Config:
         outside: what a view shows beyond the image: reflect or void.
         jitter: strength of brightness, contrast and saturation changes in strong views.
         hue: largest hue shift in strong views, as a share of the colour circle.
+        noise: standard deviation of Gaussian noise, on normalised images, in noisy views.
         optimizer: adamw or sgd (momentum 0.9).
         lr: learning rate at the start; it falls by the poly rule.
         encoder_lr: factor on `lr` for the encoder.
@@ -82,6 +83,7 @@ class Config:
     outside: typing.Literal["reflect", "void"] = "reflect"
     jitter: float = 0.5
     hue: float = 0.05
+    noise: float = 0.15
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
     encoder_lr: float = 1.0

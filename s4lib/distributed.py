@@ -1,5 +1,4 @@
-"""Several processes under `torchrun`: start, average gradients, agree; all of it idle in a single
-process."""
+"""Several processes under `torchrun`: start, average gradients, agree. Idle in a single one."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ def launched() -> bool:
 
 
 def start(device: str) -> torch.device:
-    """Resolve `device` ("auto", "cpu", "cuda", "cuda:1") and join torchrun's process group if there
-    is one.
+    """Resolve `device` (auto, cpu, cuda, cuda:N); join torchrun's process group if there is one.
 
     Raises:
         ValueError: no device, or CUDA is asked for and absent.
@@ -103,8 +101,7 @@ def broadcast(module: nn.Module) -> None:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """BN over the global batch: torch's SyncBatchNorm on CUDA, ours on CPU, which torch's
-    refuses."""
+    """BN over the global batch: torch's SyncBatchNorm on CUDA; ours on CPU, which it refuses."""
     if world() == 1:
         return module
     if device.type == "cuda":
@@ -116,8 +113,7 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 def _synchronised(kind: type) -> type:
-    """`kind` (BatchNorm2d or a timm subclass that adds an activation) with statistics over all
-    processes."""
+    """`kind` (BatchNorm2d, or timm's with an activation) with statistics over all processes."""
     if not issubclass(kind, _SyncStatistics):
         kind = type(f"Sync{kind.__name__}", (_SyncStatistics, kind), {})
     return kind

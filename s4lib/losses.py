@@ -51,8 +51,7 @@ def ce(
 def mse(
     logits: Tensor, probs: Tensor, *, valid: Tensor | None = None, classes: str = "mean"
 ) -> Tensor:
-    """Squared difference between softmax(logits) and `probs` (B, K, H, W), mean over the valid
-    pixels.
+    """Squared difference of softmax(logits) and `probs` (B, K, H, W), mean over valid pixels.
 
     Over classes, "mean" is Mean Teacher's convention and "sum" that of French et al.: they differ
     by K.

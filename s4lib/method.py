@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     image: Tensor  # labeled, weak view              (B, 3, H, W) float, normalised
     label: Tensor  # its annotation, IGNORE = void   (B, H, W) int64
     weak: Tensor  # unlabeled, weak view             (U, 3, H, W)
-    strong: tuple[Tensor, ...]  # the same crops, `strong_views` photometric versions of each
+    strong: tuple[Tensor, ...]  # the same crops, `strong_views` strong versions of each
     valid: Tensor  # False where `weak` is padding   (U, H, W) bool
 
 
@@ -59,7 +59,8 @@ class Method(nn.Module):
     be a buffer, so that `state_dict` is the whole state.
     """
 
-    strong_views: ClassVar[int] = 0  # photometric versions wanted of each unlabeled crop
+    strong_views: int = 0  # strong versions wanted of each unlabeled crop
+    family: str = "colour"  # what makes them strong: "colour" (photometric) or "noise" (Gaussian)
     uses_unlabeled: ClassVar[bool] = True
     deployed: ClassVar[str] = "student"  # the child that `forward` runs
     batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics

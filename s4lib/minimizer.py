@@ -72,13 +72,16 @@ class Minimizer:
         return True
 
     def check(self) -> None:
-        """Raise FloatingPointError if a loss has been infinite or NaN on any process."""
+        """Raise FloatingPointError if a loss, on any process, or a weight is infinite or NaN."""
         bad = int(self.first_bad_step)
         if distributed.any_process(bad >= 0, self.first_bad_step.device):
             where = f"at step {bad}" if bad >= 0 else f"before step {self.step}, on another process"
             raise FloatingPointError(
                 f"the loss is not a finite number {where}; try a smaller lr, or clip"
             )
+        norms = torch._foreach_norm([p for net in self.nets.values() for p in net.parameters()])
+        if not torch.isfinite(torch.stack(norms)).all():  # a finite loss may have a NaN gradient
+            raise FloatingPointError(f"the weights are no finite numbers after step {self.step}")
 
     def state_dict(self) -> dict:
         optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}

@@ -25,6 +25,16 @@ from .weights import read_tensors
 LOCK = ".lock"  # held by the process that trains the run
 
 
+@contextlib.contextmanager
+def naming(path: Path):
+    """Put `path` into an OSError that names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, write: Callable) -> None:
     """Call `write(file)` on a temporary neighbour, flush it to disk, then move it into place.
 
@@ -33,7 +43,7 @@ def write_atomically(path: Path, write: Callable) -> None:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -41,8 +51,6 @@ def write_atomically(path: Path, write: Callable) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)
         if isinstance(error, RuntimeError):  # torch.save's word for a write that failed
             raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
         raise
@@ -105,13 +113,13 @@ class RunFolder:
         write_atomically(self.path / "record.json", lambda f: f.write(json.dumps(record).encode()))
 
     def log(self, line: dict) -> None:
-        with open(self.metrics, "a") as file:
+        with naming(self.metrics), open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(self, state: dict) -> None:
         """Write last.pt, noting how much of metrics.jsonl belongs to it."""
         if self.metrics.exists():
-            with open(self.metrics, "rb") as file:
+            with naming(self.metrics), open(self.metrics, "rb") as file:
                 os.fsync(file.fileno())
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         state = {**state, "metrics_bytes": size, "config": self.config.to_dict()}

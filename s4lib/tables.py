@@ -92,3 +92,13 @@ def differences(
             difference = paired_values(ours, values[base])
             rows.append([*row, difference, words.get(difference.verdict, difference.verdict)])
     return Table(["", "", "mean", f"minus {base}", "verdict"], rows, caption)
+
+
+def cost(results: Mapping[str, Sequence[dict]]) -> Table:
+    """What a run of each group of records cost: seconds over runs, steps, images seen, device."""
+    rows = []
+    for name, group in results.items():
+        seconds = summary(record["seconds"] for record in group)
+        one = group[0]
+        rows.append([name, seconds, one["steps"], f"{one['images_seen']:,}", one["device"]])
+    return Table(["", "seconds", "steps", "images seen", "device"], rows, "What a run cost.")

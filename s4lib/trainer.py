@@ -94,6 +94,7 @@ class Run:
             outside=config.outside,
             jitter=config.jitter,
             hue=config.hue,
+            noise=config.noise,
         )
         self.method = build_method(config, len(images.classes)).to(device)
         if config.sync_bn:

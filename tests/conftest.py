@@ -44,21 +44,20 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def mosaic_drawn_once(monkeypatch, request):
+def mosaic_drawn_once(monkeypatch):
     """Draw each mosaic image once per test process: most tests want the same ones."""
-    kept = request.config.stash.setdefault(KEPT, {})
-    draw = Mosaic.read
-
-    def read(self, index):
-        key = self.part, index, self.size
-        if key not in kept:
-            kept[key] = draw(self, index)
-        return kept[key]
-
-    monkeypatch.setattr(Mosaic, "read", read)
+    monkeypatch.setattr(Mosaic, "read", read_once)
 
 
-KEPT = pytest.StashKey[dict]()
+DRAWN: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+DRAW = Mosaic.read
+
+
+def read_once(images: Mosaic, index: int) -> tuple[np.ndarray, np.ndarray]:
+    key = images.part, index, images.size
+    if key not in DRAWN:
+        DRAWN[key] = DRAW(images, index)
+    return DRAWN[key]
 
 
 @pytest.fixture
@@ -74,6 +73,17 @@ def shared():
         return path
 
     return find
+
+
+def equal(a: object, b: object) -> bool:
+    """Bit-equality of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 def write_camvid(root: Path, *, ending: str = ".png", prefix: str = "", count: int = 6) -> Path:
@@ -124,14 +134,19 @@ def trained_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def refused(capsys):
-    """Run `s4 ...` in this process; assert exit code 2 and one line on stderr; return that line."""
+    """Run `s4 ...` in this process; assert exit code 2 and one line on stderr; return that line.
+
+    A run that has `begun` may have shown its progress before.
+    """
     from s4lib.cli import main
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, begun: bool = False) -> str:
         capsys.readouterr()
         assert main([str(a) for a in arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("s4: ") and error.count("\n") == 1, error
-        return error
+        *before, last = error.splitlines()
+        assert last.startswith("s4: "), error
+        assert len(before) <= begun and not any(line.startswith("s4: ") for line in before), error
+        return last
 
     return run

@@ -229,7 +229,11 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("epochs: ten\n", "epochs"), ("learning_rate: 1\n", "learning_rate"), ("a: [\n", "parsing config")],
+    [
+        ("epochs: ten\n", "epochs"),
+        ("learning_rate: 1\n", "learning_rate"),
+        ("a: [\n", "parsing config"),
+    ],
 )
 def test_a_bad_config_file_is_refused(tmp_path, refused, text, word):
     path = tmp_path / "bad.yaml"

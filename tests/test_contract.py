@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import equal
 from torch import nn
 
 from s4lib import trainer
@@ -57,17 +58,6 @@ def world(tiny, name, preset):
 
 def weights(net: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in net.state_dict().items()}
-
-
-def equal(a, b) -> bool:
-    """Bit-equality of nested containers of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @every_preset
@@ -127,6 +117,7 @@ def test_networks_share_no_storage(world):
 
     for _ in range(2):
         networks = list(world.method.networks().values())
+        assert len(list(world.method.named_children())) == len(world.method._modules)
         union = set().union(*map(pointers, networks))
         assert len(union) == sum(len(pointers(net)) for net in networks)
         world.steps()
@@ -219,7 +210,8 @@ def test_padding_enters_no_loss(tiny, name, preset):
         world.minimizer = Minimizer(world.method, config, CPU)
         batch = world.batch()
         valid = batch.valid.clone()
-        valid[:, :20, 5:] = False
+        valid[:2, :20, 5:] = False  # not the same in every image: mixing must mix it too
+        valid[2, 8:] = False
         padding = ~valid[:, None]
         batch = batch._replace(
             image=batch.image.masked_fill(padding, value),

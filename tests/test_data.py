@@ -440,7 +440,7 @@ def loader(camvid):
     """A function that makes a loader over 6 frames, 2 of them labeled."""
     images = open_dataset("camvid", "train", root=str(camvid))
 
-    def make(batch=2, unlabeled_batch=2, seed=0, method="mean_teacher", labeled=2, **view):
+    def make(batch=2, unlabeled_batch=2, seed=0, method="cutmix_seg", labeled=2, **view):
         method = METHODS[method](lambda: torch.nn.Conv2d(3, 11, 1))
         chosen = split(images, "camvid", labeled, 0)
         return Loader(
@@ -489,15 +489,18 @@ def test_the_labeled_list_is_cycled_through_fairly(loader):
         assert sorted(passed) == sorted(made.split.labeled)
 
 
-def test_a_sample_gets_the_same_views_whatever_the_batch_size(loader):
-    one, two, four = loader(1, 1), loader(2, 2), loader(2, 4)
+@pytest.mark.parametrize("name", [n for n, kind in METHODS.items() if kind.uses_unlabeled])
+def test_a_sample_gets_the_same_views_whatever_the_batch_size(loader, name):
+    kind = {"method": name}
+    one, two, four = loader(1, 1, **kind), loader(2, 2, **kind), loader(2, 4, **kind)
     single = [one[step] for step in range(4)]
     for field in ("weak", "valid"):
         wanted = torch.cat([getattr(b, field) for b in single])
         assert torch.equal(torch.cat([getattr(two[s], field) for s in range(2)]), wanted)
         assert torch.equal(getattr(four[0], field), wanted)
-    strong = torch.cat([b.strong[0] for b in single])
-    assert torch.equal(four[0].strong[0], strong)
+    assert len(four[0].strong) == len(single[0].strong)
+    for view, strong in enumerate(four[0].strong):
+        assert torch.equal(strong, torch.cat([b.strong[view] for b in single]))
     labeled = torch.cat([b.image for b in single[:2]])
     assert torch.equal(two[0].image, labeled)
     assert torch.equal(two[0].label, torch.cat([b.label for b in single[:2]]))
@@ -529,7 +532,7 @@ def test_a_method_gets_the_views_it_declares_and_no_others(loader):
     batch = loader(method="supervised", unlabeled_batch=2)[0]
     assert len(batch.image) == 2 and len(batch.weak) == len(batch.valid) == 0
     assert batch.strong == ()
-    batch = loader(method="mean_teacher", unlabeled_batch=4)[0]
+    batch = loader(method="cutmix_seg", unlabeled_batch=4)[0]
     assert len(batch.weak) == 4 and len(batch.strong) == 1
     assert batch.weak.shape == batch.strong[0].shape == (4, 3, 16, 20)
     assert batch.label.dtype == torch.int64 and batch.valid.dtype == torch.bool
@@ -540,6 +543,18 @@ def test_strong_views_show_the_weak_crop_in_other_colours(loader):
     torch.testing.assert_close(plain.strong[0], plain.weak, atol=1e-4, rtol=0)
     batch = loader(unlabeled_batch=4)[0]
     assert (batch.strong[0] - batch.weak).abs().mean() > 0.05
+
+
+def test_noisy_views_are_the_weak_crop_with_noise_of_their_own(loader):
+    batch = loader(method="mean_teacher", unlabeled_batch=4, noise=0.2)[0]
+    assert len(batch.strong) == 2
+    noises = [view - batch.weak for view in batch.strong]
+    for noise in noises:
+        assert 0.19 < noise.std() < 0.21 and noise.mean().abs() < 0.01
+        assert not torch.equal(noise[0], noise[1])
+    assert (noises[0] * noises[1]).mean().abs() < 0.002
+    silent = loader(method="mean_teacher", noise=0.0)[0]
+    assert torch.equal(silent.strong[0], silent.weak)
 
 
 def test_images_are_normalised(loader):

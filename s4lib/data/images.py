@@ -1,5 +1,4 @@
-"""What every dataset is: images and annotations by index, read with care, kept in memory once
-read."""
+"""What every dataset is: images and annotations by index, read with care, then kept in memory."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class Images:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An RGB image, fully decoded. Raises ValueError, naming the file, if it is missing or
-    damaged."""
+    """An RGB image, decoded. Raises ValueError, naming the file, if it is missing or damaged."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

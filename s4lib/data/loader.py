@@ -1,5 +1,4 @@
-"""Batches for training: which images, which views, on which device; a pure function of (seed,
-step)."""
+"""Batches for training: which images and which views of them, a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -60,6 +59,7 @@ class Loader:
         self.images, self.split, self.views = images, split, views
         self.batch, self.unlabeled_batch = batch, unlabeled_batch
         self.strong_views = method.strong_views
+        self.family = method.family
         self.uses_unlabeled = method.uses_unlabeled
         if self.uses_unlabeled and not split.unlabeled:
             raise ValueError(
@@ -119,12 +119,13 @@ class Loader:
             return Batch(image, label, image[:0], (), torch.ones_like(label[:0], dtype=torch.bool))
         images, _, maps, rngs = self._views(UNLABELED, self._mine(self.unlabeled_at(step)))
         plain = self.views.crop_images(images, maps)
-        strong = []
+        weak, strong = self._normalise(plain), []
         for _ in range(self.strong_views):
+            if self.family == "noise":
+                strong.append(self.views.add_noise(weak, rngs))
+                continue
             draws = np.stack([self.views.draw_colour(rng) for rng in rngs])
-            strong.append(
-                self._normalise(colour_jitter(plain, torch.from_numpy(draws).to(self.device)))
-            )
-        return Batch(
-            image, label, self._normalise(plain), tuple(strong), self.views.valid(images, maps)
-        )
+            jittered = colour_jitter(plain, torch.from_numpy(draws).to(self.device))
+            strong.append(self._normalise(jittered))
+        valid = self.views.valid(images, maps)
+        return Batch(image, label, weak, tuple(strong), valid)

@@ -1,5 +1,4 @@
-"""`mosaic`: an embedded, procedural dataset on which semi-supervision can be studied in seconds on
-a CPU.
+"""`mosaic`: an embedded, procedural dataset to study semi-supervision on a CPU.
 
 Every image is a tiling of 3 to 7 warped regions; a region's class is the *family* of its texture,
 drawn with random orientation, frequency and contrast. Its hue hints at the class but sometimes
@@ -44,14 +43,11 @@ class Mosaic(Images):
         self.ids = [f"{part}-{i:03d}" for i in range(LENGTHS[part])]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return scene(
-            np.random.default_rng([("train", "val", "test").index(self.part), index]), self.size[0]
-        )
+        return scene(np.random.default_rng([list(LENGTHS).index(self.part), index]), self.size[0])
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, count: int = 1) -> np.ndarray:
-    """`count` fields (count, size, size) of standard normal values on a cells x cells grid,
-    smoothly interpolated."""
+    """`count` fields (count, size, size): normal values on a cells x cells grid, interpolated."""
     grid = rng.standard_normal((count, cells, cells))
     at = np.linspace(0, cells - 1, size)
     low = np.minimum(at.astype(int), cells - 2)
@@ -64,8 +60,7 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int, count: int = 1
 
 
 def texture(family: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness pattern, about -1 to 1, at rotated pixel coordinates u, v of shape (size,
-    size)."""
+    """Brightness pattern, about -1 to 1, at rotated pixel coordinates u, v (size, size)."""
     a, b = rng.uniform(0, 2 * np.pi, 2)
     f = 2 * np.pi * rng.uniform(0.087, 0.16)  # radians a pixel: periods of 6 to 12 pixels
     if family == "plain":
@@ -101,10 +96,8 @@ def scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     warp = 0.1 * smooth_noise(rng, size, 6, 2)
     regions = rng.integers(3, 8)
     seeds = rng.uniform(0, 1, (regions, 2))
-    distance = (x + warp[0] - seeds[:, 0, None, None]) ** 2 + (
-        y + warp[1] - seeds[:, 1, None, None]
-    ) ** 2
-    region = distance.argmin(0)
+    away = np.stack([x, y]) + warp - seeds[:, :, None, None]  # (regions, 2, size, size)
+    region = (away**2).sum(1).argmin(0)
     family = rng.integers(0, len(names), regions)
     image = np.zeros((3, size, size))
     for r in range(regions):
@@ -114,11 +107,8 @@ def scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         pattern = texture(names[family[r]], u, v, rng)
         own = family[r] / len(names) + HUE_SPREAD * rng.standard_normal()
         hue = own % 1 if rng.uniform() < HUE_TRUE else rng.uniform()
-        saturation, base, contrast = (
-            rng.uniform(0.15, 0.7),
-            rng.uniform(0.35, 0.75),
-            rng.uniform(0.15, 0.35),
-        )
+        saturation, base = rng.uniform(0.15, 0.7), rng.uniform(0.35, 0.75)
+        contrast = rng.uniform(0.15, 0.35)
         here = region == r
         image[:, here] = hue_to_rgb(hue, saturation, np.clip(base + contrast * pattern[here], 0, 1))
     light = 1 + LIGHT * smooth_noise(rng, size, 3)[0]

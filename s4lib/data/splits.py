@@ -10,10 +10,8 @@ import numpy as np
 from ..method import IGNORE
 from .images import Images
 
-TRIES, PRESENT = (
-    300,
-    30,
-)  # random draws compared; pixels from which a class counts as present in an image
+TRIES = 300  # random draws that are compared
+PRESENT = 30  # pixels from which a class counts as present in an image
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,8 @@ def split(images: Images, dataset: str, labeled: int, draw: int) -> Split:
 def _class_balanced(images: Images, count: int, rng: np.random.Generator) -> np.ndarray:
     present = np.zeros((len(images), len(images.classes)), dtype=int)
     for i in range(len(images)):
-        pixels = np.bincount(images[i][1].flatten().numpy(), minlength=IGNORE + 1)[
-            : len(images.classes)
-        ]
-        present[i] = pixels >= PRESENT
+        pixels = np.bincount(images[i][1].flatten().numpy(), minlength=IGNORE + 1)
+        present[i] = pixels[: len(images.classes)] >= PRESENT
     draws = [rng.permutation(len(images))[:count] for _ in range(TRIES)]
     return max(draws, key=lambda draw: sorted(present[draw].sum(0)))
 

@@ -1,5 +1,4 @@
-"""Views of a sample: random crop, scale and flip (weak), then colour (strong), made for a batch on
-its device.
+"""Views of a sample: random crop, scale and flip (weak), then colour (strong), on the device.
 
 What happens to a sample is drawn from a generator keyed by (seed, stream, pass, index): the same
 whatever batch, process or order it is in. The drawing is per sample, the arithmetic per batch.
@@ -35,6 +34,7 @@ class Views:
         jitter: brightness, contrast and saturation factors are drawn from 1 +- jitter.
         hue: hue shift, as a share of the colour circle.
         colour, grey, blur: probabilities of jitter, greyscale and blur.
+        noise: standard deviation of Gaussian noise, for methods whose strong views are noisy ones.
     """
 
     crop: tuple[int, int]
@@ -45,6 +45,7 @@ class Views:
     colour: float = 0.8
     grey: float = 0.2
     blur: float = 0.5
+    noise: float = 0.15
 
     def draw_crop(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         """(2, 3) affine map from crop to image coordinates, both in [-1, 1]."""
@@ -64,6 +65,14 @@ class Views:
         angle = 2 * math.pi * self.hue * rng.uniform(-1, 1)
         on = rng.uniform(size=3) < (self.grey, self.blur, self.colour)
         return np.array([*factors, angle, *on], dtype=np.float32)
+
+    def add_noise(self, image: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+        """Normalised images (B, 3, H, W) with noise of each one's own generator."""
+        noise = torch.empty_like(image)
+        for one, rng in zip(noise, rngs, strict=True):
+            generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**62)))
+            one.normal_(generator=generator)
+        return image + self.noise * noise
 
     def crop_images(self, images: list[Tensor], maps: Tensor) -> Tensor:
         """Float views (B, 3, *crop) in [0, 1] of uint8 images (3, H, W) that may differ in size."""

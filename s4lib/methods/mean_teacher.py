@@ -1,12 +1,15 @@
 """Mean Teacher (Tarvainen and Valpola, NeurIPS 2017), per pixel.
 
 The teacher's weights are the exponential moving average (EMA) of the student's. Both see the same
-unlabeled crop, the student with photometric noise; the student is pulled towards the teacher's
-softmax by a squared difference.
+unlabeled crop, the student with photometric changes; it is pulled towards the teacher's softmax by
+a squared difference. The EMA covers parameters; the teacher normalises by the batch (train mode) and
+keeps running statistics of its own, as in the authors' code (CuriousAI/mean-teacher, main.py).
 
+Deviations from the paper: its noise is translations, flips, Gaussian noise and dropout, ours the
+photometric changes that segmentation work uses instead; the preset `noise` is Gaussian noise alone.
 `code` follows the re-implementation that most segmentation papers quote (TorchSemiSeg@5e0c29c,
-MeanTeacher): one view for both, weight 100 without ramp-up, BN statistics of the teacher its own
-(train mode). One thing is not copied: there the EMA runs before the student's update, here after.
+MeanTeacher): one view for both, weight 100, no ramp-up. One thing is not copied: there the EMA runs
+before the student's update, here after.
 """
 
 from __future__ import annotations
@@ -27,19 +30,13 @@ class MeanTeacher(Method):
         ramp: share of the training over which the weight rises; 0 for none.
         buffers: what the EMA does with BN statistics: "copy", "ema" or "keep".
         teacher_mode: "eval" normalises the teacher by running statistics, "train" by the batch.
-        student_view: "strong" (photometric noise) or "weak" (the teacher's own view).
+        views: "noise" (each network its own), "colour" (photometric, student only) or "same".
     """
 
-    strong_views = 1
     presets = {
         "paper": {},
-        "code": {
-            "weight": 100.0,
-            "ramp": 0.0,
-            "buffers": "keep",
-            "teacher_mode": "train",
-            "student_view": "weak",
-        },
+        "noise": {"views": "noise"},
+        "code": {"weight": 100.0, "ramp": 0.0, "views": "same"},
     }
 
     def __init__(
@@ -49,9 +46,9 @@ class MeanTeacher(Method):
         weight: float = 10.0,
         decay: float = 0.99,
         ramp: float = 0.2,
-        buffers: str = "copy",
-        teacher_mode: str = "eval",
-        student_view: str = "strong",
+        buffers: str = "keep",
+        teacher_mode: str = "train",
+        views: str = "colour",
     ):
         super().__init__()
         self.student = build()
@@ -60,13 +57,16 @@ class MeanTeacher(Method):
         self.batch_statistics = ("teacher",) if teacher_mode == "train" else ()
         self.weight, self.decay, self.ramp = weight, decay, ramp
         self.buffers = one_of("buffers", buffers, "copy", "ema", "keep")
-        self.student_view = one_of("student_view", student_view, "strong", "weak")
+        one_of("views", views, "noise", "colour", "same")
+        self.strong_views = {"noise": 2, "colour": 1, "same": 0}[views]
+        self.family = "noise" if views == "noise" else "colour"
 
     def step(self, batch, clock, minimize):
+        # Both strong views if there are two, else the weak one for the teacher, or for both.
+        teacher_view, student_view = (batch.weak, batch.weak, *batch.strong)[-2:]
         with torch.no_grad():
-            target = self.teacher(batch.weak).softmax(1)
-        view = batch.strong[0] if self.student_view == "strong" else batch.weak
-        logits, logits_u = joint(self.student, batch.image, view)
+            target = self.teacher(teacher_view).softmax(1)
+        logits, logits_u = joint(self.student, batch.image, student_view)
         sup = ce(logits, batch.label)
         cons = mse(logits_u, target, valid=batch.valid)  # eq. 1
         if minimize(sup + self.weight * ramp_up(clock, self.ramp) * cons, self.student):
