@@ -22,7 +22,7 @@ book: $(READY)  ## run the notebooks that changed and compile the book (PROFILE,
 	@$(BIN)/python -m s4lib book --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)  ## run the default test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 slow: $(READY)  ## run the long tests too
 	@$(BIN)/python -m pytest -m "slow or not slow"
@@ -52,5 +52,5 @@ $(READY): pyproject.toml
 	@echo "making $(VENV): about a minute of download and three of unpacking, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[book,test]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[book,test]"
 	@touch $@

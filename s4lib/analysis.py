@@ -128,7 +128,7 @@ def weight_distance(net: nn.Module, other: nn.Module) -> float:
 
 
 def past_weights(decays: Sequence[float]) -> np.ndarray:
-    """(S,) shares of each step's student in a teacher; what is missing to 1 is its own beginning."""
+    """(S,) shares of each step's student in a teacher; what is missing to 1 is its beginning."""
     decays = np.asarray(decays, dtype=float)
     remains = np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)  # of what came in at each step
     return (1 - decays) * remains

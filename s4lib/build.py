@@ -45,6 +45,8 @@ def build_method(config: Config, classes: int) -> Method:
         raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {has}")
     kinds = typing.get_type_hints(kind.__init__)
     arguments = {name: checked(name, value, kinds[name]) for name, value in arguments.items()}
+    if "weights" in config.net_args:
+        raise ValueError("net_args has key 'weights', which is an option of its own: weights=FILE")
     torch.manual_seed(config.seed)
     method = kind(
         lambda: build_net(config.net, classes, weights=config.weights, **config.net_args),
@@ -61,9 +63,7 @@ def open_data(config: Config) -> tuple[Images, Split, Images, range]:
     """(training images, split, evaluation images, their indices) of a config."""
     size = config.size or None
     images = open_dataset(config.dataset, "train", root=config.data_root, size=size)
-    chosen = split(images, config.dataset, config.labeled, config.draw)
-    if config.unlabeled:
-        chosen = Split(chosen.labeled, chosen.unlabeled[: config.unlabeled], chosen.sha256)
+    chosen = split(images, config.dataset, config.labeled, config.draw, config.unlabeled)
     held_out = open_dataset(config.dataset, config.eval_part, root=config.data_root, size=size)
     return images, chosen, held_out, range(len(held_out))[: config.eval_images or None]
 

@@ -1,12 +1,12 @@
-"""The `s4` command. `s4 COMMAND --help` explains each; bad input is one line on standard error and
-exit code 2.
+"""Semi-supervised semantic segmentation: train, evaluate, use, and make the book.
 
-s4 train --protocol mosaic-32 --method mean_teacher     train one run; --resume continues it
-s4 eval RUN --part test                                 evaluate a trained run's networks
-s4 predict RUN photo.jpg folder/ --out maps             class maps of any images
-s4 methods [NAME]                                       what can be trained; a method's
-hyper-parameters
-s4 book [NOTEBOOK ...] --profile quick                  run notebooks and compile the book
+  s4 train --protocol mosaic-32 --method mean_teacher   train one run; --resume continues it
+  s4 eval RUN --part test                               evaluate a trained run's networks
+  s4 predict RUN photo.jpg folder/ --out maps           class maps of any images
+  s4 methods [NAME]                                     the methods; one method's settings
+  s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
+
+`s4 COMMAND --help` explains each. Bad input is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations

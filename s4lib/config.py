@@ -50,6 +50,7 @@ class Config:
         encoder_lr: factor on `lr` for the encoder.
         weight_decay: of the optimizer.
         power: of the poly rule.
+        lr_warmup: share of the training over which the learning rate first rises from zero.
         clip: largest gradient norm; 0 does not clip.
         accumulate: batches whose gradients make one update.
         amp: off, bf16 or fp16 (with loss scaling).
@@ -89,6 +90,7 @@ class Config:
     encoder_lr: float = 1.0
     weight_decay: float = 1e-2
     power: float = 0.9
+    lr_warmup: float = 0.0
     clip: float = 0.0
     accumulate: int = 1
     amp: typing.Literal["off", "bf16", "fp16"] = "off"
@@ -120,6 +122,7 @@ class Config:
             "lr",
             "weight_decay",
             "jitter",
+            "lr_warmup",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
@@ -179,7 +182,9 @@ def checked(name: str, value: object, kind: object) -> object:
     return dict(value) if kind is dict else value
 
 
-_MOSAIC = {"dataset": "mosaic", "net": "light"}
+# Epochs, weights and thresholds for mosaic-32 were chosen on label draws 100 to 103, among about
+# twenty settings; the book reports draws 0 to 4, which were run once, afterwards.
+_MOSAIC = {"dataset": "mosaic", "net": "light", "epochs": 12, "eval_every": 2}
 _CAMVID = {"dataset": "camvid", "labeled": 23, "lr": 2e-3, "scale": (0.75, 1.5)}
 _SMOKE = {"unlabeled": 32, "eval_images": 32, "epochs": 3, "eval_every": 3}
 

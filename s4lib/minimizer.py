@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import distributed
 from .config import Config
 from .method import Clock, Method, trainable
-from .schedules import poly
+from .schedules import linear_warmup, poly
 
 
 class Minimizer:
@@ -41,6 +41,7 @@ class Minimizer:
     def begin(self, clock: Clock, last: bool = True) -> float:
         """Set the learning rate of the step; `last` says that this batch completes an update."""
         lr = self.config.lr * poly(clock.progress, self.config.power)
+        lr *= linear_warmup(clock, self.config.lr_warmup)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]

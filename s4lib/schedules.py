@@ -12,6 +12,14 @@ def poly(progress: float, power: float = 0.9) -> float:
     return (1 - progress) ** power
 
 
+def linear_warmup(clock: Clock, share: float) -> float:
+    """Learning-rate factor that rises to 1 over the first `share` of the steps; 0 switches it off.
+
+    Its first value is above zero, so that no step is lost.
+    """
+    return min(1.0, (clock.step + 1) / max(1.0, share * clock.steps))
+
+
 def ramp_up(clock: Clock, share: float) -> float:
     """Weight factor exp(-5 (1 - t)^2), t running from 0 to 1 over the first `share` of the steps.
 

@@ -4,7 +4,9 @@ records only."""
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .analysis import paired_values
@@ -102,3 +104,23 @@ def cost(results: Mapping[str, Sequence[dict]]) -> Table:
         one = group[0]
         rows.append([name, seconds, one["steps"], f"{one['images_seen']:,}", one["device"]])
     return Table(["", "seconds", "steps", "images seen", "device"], rows, "What a run cost.")
+
+
+def claims(results: Mapping[str, Sequence[dict]], order: Sequence[str]) -> str:
+    """Markdown that says which neighbours in `order`, the worst first, can be told apart."""
+    said = []
+    for low, high in zip(order, order[1:], strict=False):
+        difference = paired(results[high], results[low])
+        words = {
+            "better": f"{high} is better than {low}",
+            "worse": f"{high} is worse than {low}",
+            "not distinguishable": f"{high} and {low} are not distinguishable",
+        }
+        draws = len(difference.values)
+        said.append(f"- **{words[difference.verdict]}**: {difference} points, {draws} draw(s)")
+    return "\n".join(["Mean paired difference and its 95 % interval:", "", *said])
+
+
+def listing(function: Callable) -> str:
+    """Markdown of a function's source, the very code that runs."""
+    return f"```python\n{textwrap.dedent(inspect.getsource(function))}```"

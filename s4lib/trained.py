@@ -83,7 +83,10 @@ def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> 
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
     state = read_tensors(folder / f"{checkpoint}.pt")
-    method = build_method(replace(config, weights=""), len(DATASETS[config.dataset].classes))
+    # Its own weights come from the checkpoint, so none are fetched to begin with.
+    net_args = {key: value for key, value in config.net_args.items() if key != "pretrained"}
+    bare = replace(config, weights="", net_args=net_args)
+    method = build_method(bare, len(DATASETS[config.dataset].classes))
     try:
         method.load_state_dict(state["method"] if checkpoint == "last" else state)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ differ in the last bit).
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ class Run:
             std=net.std,
             device=device,
         )
-        self.steps_per_epoch = max(1, self.loader.steps_per_epoch // config.accumulate)
+        self.steps_per_epoch = math.ceil(self.loader.steps_per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
         self.sums: dict[str, float] = {}  # of logged losses since the last line
         self.logged = 0
@@ -163,10 +164,11 @@ class Run:
         """One update, from `accumulate` batches. Returns the learning rate."""
         # Noise of a step (CutMix boxes, dropout) is a function of seed, step and rank.
         torch.manual_seed(hash((self.config.seed, clock.step, distributed.rank())) % 2**63)
-        parts = self.config.accumulate
+        parts, batches = self.config.accumulate, self.loader.steps_per_epoch
+        first = clock.step % self.steps_per_epoch * parts  # a last update is filled from the start
         for part in range(parts):
             lr = self.minimizer.begin(clock, last=part == parts - 1)
-            batch = self.loader[clock.step * parts + part]
+            batch = self.loader[clock.epoch * batches + (first + part) % batches]
             amp = self.config.amp
             with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "off"):
                 losses = self.method.step(batch, clock, self.minimizer)

@@ -546,7 +546,7 @@ def test_strong_views_show_the_weak_crop_in_other_colours(loader):
 
 
 def test_noisy_views_are_the_weak_crop_with_noise_of_their_own(loader):
-    batch = loader(method="mean_teacher", unlabeled_batch=4, noise=0.2)[0]
+    batch = loader(method="mean_teacher", preset="noise", unlabeled_batch=4, noise=0.2)[0]
     assert len(batch.strong) == 2
     noises = [view - batch.weak for view in batch.strong]
     for noise in noises:

@@ -23,12 +23,12 @@ class Split:
     sha256: str
 
 
-def split(images: Images, dataset: str, labeled: int, draw: int) -> Split:
-    """The `draw`-th split with `labeled` labeled images; 0 labels all.
+def split(images: Images, dataset: str, labeled: int, draw: int, unlabeled: int = 0) -> Split:
+    """The `draw`-th split with `labeled` labeled images (0: all) and `unlabeled` others (0: all).
 
-    mosaic: of 300 random draws, the one whose rarest class occurs in most images (ties: the next
-        rarest, ...).
-    camvid: one frame from each of `labeled` equal slices of the list, which is in film order.
+    mosaic labels, of 300 random draws, the one whose rarest class occurs in most images (ties: the
+    next rarest, ...); camvid one frame of each of `labeled` equal slices of the list, which is in
+    film order.
 
     Raises:
         ValueError: more labels asked for than there are images, or a negative draw.
@@ -46,7 +46,7 @@ def split(images: Images, dataset: str, labeled: int, draw: int) -> Split:
     else:
         chosen = _spread(len(images), labeled, np.random.default_rng([labeled, draw]))
     chosen = tuple(sorted(int(i) for i in chosen))
-    rest = tuple(sorted(set(range(len(images))) - set(chosen)))
+    rest = tuple(sorted(set(range(len(images))) - set(chosen)))[: unlabeled or None]
     text = "\n".join([*(images.ids[i] for i in chosen), "--", *(images.ids[i] for i in rest)])
     return Split(chosen, rest, hashlib.sha256(text.encode()).hexdigest())
 

@@ -6,8 +6,9 @@ regions, so small perturbations cannot find them; a pasted box puts hard edges a
 everywhere.
 
 `paper` is French et al.: squared difference of softmax maps, scaled by the *share* of confident
-pixels in the batch. `pseudo_label` is the cross-entropy version that later papers call CutMix-MT:
-hard labels, confident pixels only.
+pixels in the batch; its frozen BN becomes a teacher in evaluation mode. `pseudo_label` is what
+later papers run under this name or as CutMix-MT: cross-entropy with hard labels, confident pixels
+only.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class CutMixSeg(Method):
             "threshold": 0.9,
             "ramp": 0.2,
             "area_min": 0.25,
+            "buffers": "keep",
+            "teacher_mode": "train",
             "view": "weak",
         },
     }

@@ -2,8 +2,8 @@
 
 The teacher's weights are the exponential moving average (EMA) of the student's. Both see the same
 unlabeled crop, the student with photometric changes; it is pulled towards the teacher's softmax by
-a squared difference. The EMA covers parameters; the teacher normalises by the batch (train mode) and
-keeps running statistics of its own, as in the authors' code (CuriousAI/mean-teacher, main.py).
+a squared difference. The EMA covers parameters; the teacher normalises by the batch (train mode),
+with running statistics of its own, as in the authors' code (CuriousAI/mean-teacher, main.py).
 
 Deviations from the paper: its noise is translations, flips, Gaussian noise and dropout, ours the
 photometric changes that segmentation work uses instead; the preset `noise` is Gaussian noise alone.
@@ -25,7 +25,8 @@ class MeanTeacher(Method):
     """Consistency between a student and the moving average of its weights.
 
     Args:
-        weight: factor of the consistency loss after its ramp-up (mean over classes and pixels).
+        weight: factor of the consistency loss (mean over classes and pixels) after its ramp-up. The
+            paper's 100 is for its own loss scale and schedule; 2 was chosen on mosaic-32.
         decay: of the EMA; in the first steps it is 1 - 1/(step + 1), where that is smaller.
         ramp: share of the training over which the weight rises; 0 for none.
         buffers: what the EMA does with BN statistics: "copy", "ema" or "keep".
@@ -43,7 +44,7 @@ class MeanTeacher(Method):
         self,
         build,
         *,
-        weight: float = 10.0,
+        weight: float = 2.0,
         decay: float = 0.99,
         ramp: float = 0.2,
         buffers: str = "keep",
