@@ -106,6 +106,26 @@ def cost(results: Mapping[str, Sequence[dict]]) -> Table:
     return Table(["", "seconds", "steps", "images seen", "device"], rows, "What a run cost.")
 
 
+def beside(results: Mapping[str, dict], committed: Sequence[dict]) -> Table:
+    """Each record beside the committed one of the same run: last mIoU of the deployed network.
+
+    Equal on the machine and versions of the committed one; elsewhere floating-point sums round
+    differently, and training amplifies that to about what another seed does.
+    """
+    ours = {record["run_id"]: record for record in committed}
+    rows = []
+    for name, record in results.items():
+        row, other = [name, f"{score(record):.1f}"], ours.get(record["run_id"])
+        if other is None:
+            rows.append([*row, "none", "", ""])
+            continue
+        mark = "*" if stale(other) else ""
+        difference = score(record) - score(other)
+        where = f"{other['device']}, torch {other['versions']['torch']}"
+        rows.append([*row, f"{score(other):.1f}{mark}", f"{difference:+.1f}", where])
+    return Table(["", "this page", "in the repository", "difference", "made on"], rows)
+
+
 def claims(results: Mapping[str, Sequence[dict]], order: Sequence[str]) -> str:
     """Markdown that says which neighbours in `order`, the worst first, can be told apart."""
     said = []
