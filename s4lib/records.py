@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from .config import Config
+
 HERE = Path(__file__).resolve().parent.parent
 RUNS = Path(
     os.environ.get("S4_RUNS") or (HERE / "runs" if (HERE / "notebooks").is_dir() else "runs")
@@ -46,6 +48,15 @@ def load(*places: str | Path) -> list[dict]:
                 except (json.JSONDecodeError, KeyError, TypeError):
                     raise ValueError(f"{file}, line {number}: not a record") from None
     return list(found.values())
+
+
+def like(records: Iterable[dict], config: Config) -> list[dict]:
+    """The records whose config differs from `config` in draw and seed only; of equals, the last."""
+    free = ("draw", "seed", "data_root", "device", "tensorboard")
+    fixed = lambda values: {k: v for k, v in values.items() if k not in free}  # noqa: E731
+    wanted = fixed(config.to_dict())
+    found = {r["run_id"]: r for r in records if fixed(r["config"]) == wanted}
+    return sorted(found.values(), key=lambda r: (r["config"]["draw"], r["config"]["seed"]))
 
 
 def surroundings(device: torch.device) -> dict:

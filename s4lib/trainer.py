@@ -146,7 +146,10 @@ class Run:
                     self.minimizer.check()
                     if done % LOG_EVERY == 0:
                         self._log(done, lr, board)
-                stopping = distributed.any_process(stop.number is not None, self.device)
+                # Processes must stop at the same step; to agree costs them a wait, so not at each.
+                agree = distributed.world() == 1 or epoch_ends or done % LOG_EVERY == 0
+                asked = stop.number is not None
+                stopping = agree and distributed.any_process(asked, self.device)
                 if epoch_ends and ((clock.epoch + 1) % config.eval_every == 0 or done == total):
                     text = self._evaluate(done, clock.epoch + 1, board)
                 if epoch_ends or stopping:

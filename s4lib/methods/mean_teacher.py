@@ -26,7 +26,7 @@ class MeanTeacher(Method):
 
     Args:
         weight: factor of the consistency loss (mean over classes and pixels) after its ramp-up. The
-            paper's 100 is for its own loss scale and schedule; 2 was chosen on mosaic-32.
+            paper's 100 is for its own loss scale and schedule; 5 was chosen on mosaic-32.
         decay: of the EMA; in the first steps it is 1 - 1/(step + 1), where that is smaller.
         ramp: share of the training over which the weight rises; 0 for none.
         buffers: what the EMA does with BN statistics: "copy", "ema" or "keep".
@@ -44,7 +44,7 @@ class MeanTeacher(Method):
         self,
         build,
         *,
-        weight: float = 2.0,
+        weight: float = 5.0,
         decay: float = 0.99,
         ramp: float = 0.2,
         buffers: str = "keep",
