@@ -1,5 +1,4 @@
-"""One frozen `Config` says everything that decides a run's numbers; `PROTOCOLS` are named starting
-points.
+"""One frozen `Config` decides a run's numbers; `PROTOCOLS` are named starting points.
 
 config = protocol("mosaic-32", method="mean_teacher", draw=1)
 config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run's folder
@@ -132,8 +131,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
-        """The inverse of `to_dict`. Raises ValueError for a key or value that a Config cannot
-        have."""
+        """The inverse of `to_dict`. Raises ValueError for a wrong key or value."""
         valid = [f.name for f in fields(cls)]
         unknown = [key for key in values if key not in valid]
         if unknown:
@@ -142,8 +140,7 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """Of every field that can change a number; where files lie and what computes does not
-        count."""
+        """Of the fields that can change a number: not where files lie or what computes."""
         values = {
             k: v
             for k, v in self.to_dict().items()
@@ -236,8 +233,7 @@ def protocol(name: str, **changes) -> Config:
 
 
 def profile_protocol(profile: str, dataset: str) -> str:
-    """Name of the protocol that a profile means for a dataset. Raises ValueError with the valid
-    values."""
+    """The protocol that a profile means for a dataset. Raises ValueError, naming the valid."""
     if profile not in PROFILES:
         raise ValueError(f"profile={profile!r}: choose one of {', '.join(PROFILES)}")
     if dataset not in PROFILES[profile]:

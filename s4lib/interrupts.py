@@ -9,8 +9,7 @@ import threading
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal after its checkpoint was written. `signal` is the signal's
-    number."""
+    """A run was stopped by signal number `signal`, after its checkpoint was written."""
 
     def __init__(self, number: int, step: int):
         super().__init__(

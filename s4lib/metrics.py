@@ -9,8 +9,7 @@ from .method import IGNORE, one_of
 
 
 def confusion(label: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """(K, K) int64 counts, rows truth, columns prediction; pixels whose truth is IGNORE do not
-    count."""
+    """(K, K) int64 counts, rows truth, columns prediction; IGNORE in truth is left out."""
     valid = truth != IGNORE
     cells = truth[valid].long() * classes + label[valid].long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)

@@ -1,5 +1,4 @@
-"""`minimize(loss, *nets)`: one optimizer per trainable child of a method, one learning-rate rule
-for all."""
+"""`minimize(loss, *nets)`: one optimizer per trainable child, one learning-rate rule for all."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`SegNet`: any timm encoder that gives features, and a DeepLabV3+ decoder (Chen et al., ECCV
-2018).
+"""`SegNet`: any timm encoder that gives features, and a DeepLabV3+ decoder (Chen et al. 2018).
 
 net = build_net("light", classes=8)
 logits = net(image)                           # (B, K, H, W), at input size
@@ -69,8 +68,7 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1
 
 
 class Decoder(nn.Module):
-    """ASPP on the deepest feature, fused with a finer one: (low, deep) -> (B, width, h, w) at low's
-    size."""
+    """ASPP on the deepest feature, fused with a finer one, at the finer one's size."""
 
     def __init__(
         self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int], fuse: int
@@ -184,8 +182,7 @@ class SegNet(nn.Module):
 
 
 def batch_to_group_norm(module: nn.Module) -> None:
-    """Replace every BN, in place, by GroupNorm with the most groups up to 8 that divide its
-    channels."""
+    """Replace every BN, in place, by GroupNorm with up to 8 groups, as divide its channels."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             groups = max(g for g in range(1, 9) if child.num_features % g == 0)
@@ -197,8 +194,7 @@ def batch_to_group_norm(module: nn.Module) -> None:
 
 
 def build_net(name: str, classes: int, *, weights: str | None = None, **changes) -> SegNet:
-    """A fresh network from NETS, some of its arguments changed, its encoder initialised from
-    `weights`.
+    """A fresh network from NETS with `changes`, its encoder initialised from a file.
 
     Raises:
         ValueError: unknown name, unknown argument, or weights that do not fit.

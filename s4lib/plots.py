@@ -129,8 +129,7 @@ def curves(
 
 
 def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)") -> Figure:
-    """One line per label draw across methods: {method: {draw: value}}. What matters is the slope
-    within a line."""
+    """One line per label draw across methods: {method: {draw: value}}. Look at the slopes."""
     figure, axis = plt.subplots(figsize=(1.6 + 1.35 * len(scores), 3.4))
     names = list(scores)
     draws = sorted(set.intersection(*(set(v) for v in scores.values())))
@@ -170,8 +169,7 @@ def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]
 
 
 def reliability(bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
-    """Accuracy against confidence, and how many pixels lie where: {name: (confidence, accuracy,
-    share)} per bin."""
+    """Accuracy against confidence: {name: (confidence, accuracy, share of pixels)} per bin."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 4.6), sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="#8888", linestyle="--", linewidth=1, label="calibrated")
     for name, (confidence, accuracy, share) in bins.items():

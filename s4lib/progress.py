@@ -1,5 +1,4 @@
-"""Progress of long work: a bar in a terminal, a bar in a notebook that stays readable in the static
-page, or lines."""
+"""Progress of long work: a bar in a terminal or a notebook (and its static page), or lines."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ class Progress:
             self._show()
 
     def close(self, text: str = "", metadata: dict | None = None) -> None:
-        """Show the final state. `metadata` is stored with a notebook's output, for the page's run
-        record."""
+        """Show the final state; `metadata` goes with a notebook's output, for the run record."""
         self.text = text or self.text
         if self.kind == "terminal":
             self.bar.set_postfix_str(self.text)

@@ -1,5 +1,4 @@
-"""Records of finished runs: read them, compare methods paired by label draw and seed, say what the
-data carry."""
+"""Records of finished runs: read, compare within a label draw, say what the data carry."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ COMMITTED = HERE / "book" / "records"
 
 
 def load(*places: str | Path) -> list[dict]:
-    """Records from .jsonl files, run folders and folders of either; the last of equal run ids
-    counts.
+    """Records from .jsonl files and folders of them or of runs; of equal run ids, the last.
 
     Raises:
         ValueError: a line that is not a record; names file and line.
@@ -90,8 +88,7 @@ def commit() -> str:
 
 
 def score(record: dict, network: str = "", when: str = "last") -> float:
-    """mIoU in % of one network (the deployed one by default), at the last or the best
-    evaluation."""
+    """mIoU in % of a network (by default the deployed), at the last or best evaluation."""
     return record["networks"][network or record["deployed"]][when]["miou"]
 
 
@@ -129,8 +126,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be claimed: "better", "worse", or "not distinguishable" where the interval holds
-        zero."""
+        """ "better", "worse", or, where the interval holds zero, "not distinguishable"."""
         if not self.low <= 0 <= self.high and len(self.values) > 1:
             return "better" if self.mean > 0 else "worse"
         return "not distinguishable"
@@ -147,8 +143,7 @@ def paired(
     level: float = 0.95,
     value: Callable[[dict], float] = score,
 ) -> Difference:
-    """Difference ours - base within each (label draw, seed) that both have, and its Student-t
-    interval.
+    """Difference ours - base within each common (draw, seed), and its Student-t interval.
 
     Raises:
         ValueError: no draw and seed in common, or more than one record for the same draw and seed.

@@ -1,5 +1,4 @@
-"""A run's folder: config, metrics, checkpoints, record. Every file is whole or absent, whatever
-kills the process.
+"""A run's folder: config, metrics, checkpoints, record; every file is whole or absent.
 
 <out>/<run_id>/config.json     what is run
                metrics.jsonl   one line per evaluation and every few steps

@@ -1,5 +1,4 @@
-"""Runs from a notebook: train what is not recorded yet, here or under torchrun, with one live
-progress bar.
+"""Runs from a notebook: train what is not recorded, here or under torchrun, with a live bar.
 
 results = runs.run([protocol("mosaic-32", method=m, draw=d) for m in methods for d in range(3)])
 """

@@ -31,8 +31,7 @@ def ramp_up(clock: Clock, share: float) -> float:
 
 
 def warm_decay(decay: float, step: int) -> float:
-    """EMA decay min(1 - 1 / (step + 1), decay): at first the teacher is the plain mean of its
-    students.
+    """EMA decay min(1 - 1 / (step + 1), decay): at first a plain mean of the students.
 
     `step` counts from where averaging began. Passing a counter that restarts copies the student
     over the teacher again (step 0 gives decay 0); Dual Teacher's released code does so every epoch.

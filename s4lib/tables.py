@@ -1,5 +1,4 @@
-"""Tables for notebooks: readable as text in a terminal, as HTML in a page, with their numbers from
-records only."""
+"""Tables for notebooks, as text in a terminal and HTML in a page; numbers from records only."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = 
 
 
 def class_iou(results: Mapping[str, dict]) -> Table:
-    """Per-class IoU (last evaluation, deployed network) of one record per column, with the mean
-    below."""
+    """Per-class IoU and mIoU (last evaluation, deployed network), one record per column."""
     classes = next(iter(results.values()))["classes"]
     networks = [r["networks"][r["deployed"]]["last"] for r in results.values()]
     rows = [[name, *(n["iou"][i] for n in networks)] for i, name in enumerate(classes)]

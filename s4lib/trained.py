@@ -1,5 +1,4 @@
-"""Trained runs, to evaluate, to look at and to use: load a run's networks, predict maps, write
-them."""
+"""Trained runs, to evaluate, to look at and to use: load, predict maps, write them."""
 
 from __future__ import annotations
 
@@ -48,14 +47,12 @@ class Trained:
 
     @torch.no_grad()
     def probs(self, image: Tensor, network: str = "") -> Tensor:
-        """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed network unless another
-        is named."""
+        """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed or a named network."""
         net = self.method.networks()[network] if network else self.method
         return net(self.normalise(image)).float().softmax(1).cpu()
 
     def predict(self, file: Path) -> np.ndarray:
-        """Class indices (H, W) uint8 of an image file, at its own size; computed at the size
-        trained at."""
+        """Class indices (H, W) uint8 of an image file at its size, computed at the trained one."""
         image = open_image(file)
         height, width = image.height, image.width
         if self.config.size:
@@ -98,8 +95,7 @@ def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> 
 
 
 def image_files(inputs: Sequence[str]) -> list[Path]:
-    """Files named, and images in folders named. Raises ValueError if one is missing or none is
-    found."""
+    """Files, and images in folders. Raises ValueError if one is missing or none is found."""
     files: list[Path] = []
     for path in map(Path, inputs):
         if not path.exists():

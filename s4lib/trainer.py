@@ -192,8 +192,7 @@ class Run:
                     board.add_scalar(f"train/{name}", value, step)
 
     def _evaluate(self, step: int, epoch: int, board) -> str:
-        """Evaluate every network, note the best, keep the best deployed weights. Returns a line of
-        text."""
+        """Evaluate every network, keep the best deployed weights; returns a line of text."""
         matrices = confusion_matrices(
             evaluated(self.method),
             self.held_out,

@@ -285,3 +285,19 @@ def test_a_chapter_that_was_not_run_says_so(pages):
     title, box, _ = json.loads(pages.not_executed(text, "cutmix", "camvid"))["cells"]
     assert title["source"] == "# A chapter"
     assert "Not executed" in box["source"] and "s4 book cutmix --profile camvid" in box["source"]
+
+
+def test_a_caption_goes_with_the_picture_alone(pages):
+    figure = {"figure": {"name": "fig-x", "caption": "A line."}}
+    told = {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": "told"}}
+    drawn = {"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": "<svg/>"}}
+    cell = code("both", "draw()", outputs=[told, drawn])
+    cell["metadata"]["mystnb"] = figure
+    *_, text, picture = polished(pages, cell)
+    assert text["outputs"] == [told] and "mystnb" not in text["metadata"]
+    assert text["source"] == "draw()"
+    assert picture["outputs"] == [drawn] and picture["metadata"]["mystnb"] == figure
+    assert picture["source"] == "" and picture["metadata"]["tags"] == ["remove-input"]
+    alone = code("alone", "draw()", outputs=[drawn])
+    alone["metadata"]["mystnb"] = figure
+    assert polished(pages, alone)[-1]["source"] == "draw()"

@@ -114,6 +114,16 @@ def test_figures_have_a_text_and_a_caption(notebook):
             assert re.fullmatch(r"fig-[a-z0-9-]+", about["figure"].get("name", "")), cell["id"]
 
 
+def test_figure_names_are_unique_in_the_book():
+    names = [
+        cell["metadata"]["mystnb"]["figure"]["name"]
+        for path in NOTEBOOKS
+        for cell in json.loads(path.read_text("utf8"))["cells"]
+        if "figure" in cell["metadata"].get("mystnb", {})
+    ]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_prose_types_no_result(notebook):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":

@@ -41,6 +41,7 @@ def polish(text: str, root: str = "", home: str = "", host: str = "") -> str:
         if cell["cell_type"] == "code":
             outputs = merge_streams(cell["outputs"])
             cell["outputs"] = [scrub(o, root, home, host) for o in outputs if readable(o)]
+    cells[:] = [part for cell in cells for part in figure_apart(cell)]
     notebook["metadata"].pop("widgets", None)
     insert_under_title(cells, "s4-run-record", record_box(notebook))
     return json.dumps(notebook)
@@ -80,6 +81,19 @@ def insert_under_title(cells: list[dict], name: str, text: str) -> None:
     cells[0]["source"] = "".join(lines[:at]).rstrip("\n")
     tail = [{**box, "id": f"{name}-rest", "source": rest}] if rest else []
     cells[1:1] = [box, *tail]
+
+
+def figure_apart(cell: dict) -> list[dict]:
+    """A cell that also prints, in two: its caption and number belong to the picture alone."""
+    outputs = cell.get("outputs", [])
+    pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
+    if "figure" not in cell["metadata"].get("mystnb", {}) or len(outputs) == len(pictures):
+        return [cell]
+    shown = {**cell, "id": f"{cell['id']}-figure", "source": "", "outputs": pictures}
+    shown["metadata"] = {**cell["metadata"], "tags": ["remove-input"]}
+    rest = {k: v for k, v in cell["metadata"].items() if k != "mystnb"}
+    said = [output for output in outputs if output not in pictures]
+    return [{**cell, "metadata": rest, "outputs": said}, *([shown] if pictures else [])]
 
 
 def readable(output: dict) -> bool:

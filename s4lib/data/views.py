@@ -59,8 +59,7 @@ class Views:
         )
 
     def draw_colour(self, rng: np.random.Generator) -> np.ndarray:
-        """(7,): brightness, contrast, saturation factors, hue angle, and grey, blur, jitter as 0 or
-        1."""
+        """(7,): brightness, contrast, saturation factors, hue angle; grey, blur, jitter 0 or 1."""
         factors = 1 + self.jitter * rng.uniform(-1, 1, 3)
         angle = 2 * math.pi * self.hue * rng.uniform(-1, 1)
         on = rng.uniform(size=3) < (self.grey, self.blur, self.colour)
@@ -111,8 +110,7 @@ def _sample(
 
 
 def colour_jitter(image: Tensor, draws: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] with brightness, contrast, saturation, hue, grey and blur by
-    `draws` (B, 7)."""
+    """Images (B, 3, H, W) in [0, 1], their colours changed and blurred by `draws` (B, 7)."""
     d = draws[:, :, None, None, None]
     x = image * d[:, 0]
     middle = x.mean((1, 2, 3), keepdim=True)
