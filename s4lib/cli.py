@@ -4,6 +4,7 @@
   s4 eval RUN --part test                               evaluate a trained run's networks
   s4 predict RUN photo.jpg folder/ --out maps           class maps of any images
   s4 methods [NAME]                                     the methods; one method's settings
+  s4 records runs --out book/records/mine.jsonl         collect records in one file
   s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
 
 `s4 COMMAND --help` explains each. Bad input is one line on standard error and exit code 2.
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import signal
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         "eval": evaluate_run,
         "predict": predict,
         "methods": methods,
+        "records": collect_records,
         "book": book,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -234,6 +237,23 @@ def methods(arguments: list[str]) -> int:
             print(f"{p.name}: {p.annotation} = {p.default!r}")
     for preset, values in kind.presets.items():
         print(f"preset {preset}:", ", ".join(f"{k}={v!r}" for k, v in values.items()) or "defaults")
+    return 0
+
+
+def collect_records(arguments: list[str]) -> int:
+    parser = _parser("records", "Collect records of finished runs in one file, a line each.")
+    parser.add_argument("places", nargs="+", help="folders of runs, or .jsonl files")
+    parser.add_argument("--out", required=True, help="the .jsonl file to write")
+    options = parser.parse_args(arguments)
+    from . import records
+    from .run_folder import write_atomically
+
+    found = sorted(records.load(*options.places), key=lambda record: record["run_id"])
+    if not found:
+        raise ValueError(f"{', '.join(options.places)}: no record of a finished run")
+    text = "".join(f"{json.dumps(record)}\n" for record in found)
+    write_atomically(Path(options.out), lambda file: file.write(text.encode()))
+    print(f"{len(found)} records in {options.out}")
     return 0
 
 

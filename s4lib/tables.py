@@ -61,7 +61,7 @@ def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = 
         difference = paired(records, results[base]) if name != base else None
         row = [name + ("*" if any(map(stale, records)) else ""), last.n, last, best]
         rows.append([*row, difference or "", difference.verdict if difference else "the reference"])
-    header = ["", "n", "last mIoU", "best mIoU", f"last, minus {base}", "verdict"]
+    header = ["", "n", "last mIoU", "best mIoU", f"minus {base}", "verdict"]
     return Table(header, rows, caption)
 
 

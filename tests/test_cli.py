@@ -362,3 +362,12 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch):
     monkeypatch.setenv("S4_DEBUG", "1")
     with pytest.raises(ValueError):
         main(["methods", "fixmatch"])
+
+
+def test_records_of_runs_are_collected_in_one_file(trained_run, tmp_path, capsys):
+    out = tmp_path / "records.jsonl"
+    assert main(["records", str(trained_run.parent), "--out", str(out)]) == 0
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line) == json.loads((trained_run / "record.json").read_text())
+    assert main(["records", str(tmp_path / "none"), "--out", str(tmp_path / "no.jsonl")]) == 2
+    assert "no record" in capsys.readouterr().err and not (tmp_path / "no.jsonl").exists()
