@@ -297,7 +297,7 @@ def test_a_caption_goes_with_the_picture_alone(pages):
     assert text["outputs"] == [told] and "mystnb" not in text["metadata"]
     assert text["source"] == "draw()"
     assert picture["outputs"] == [drawn] and picture["metadata"]["mystnb"] == figure
-    assert picture["source"] == "" and picture["metadata"]["tags"] == ["remove-input"]
+    assert picture["source"] and picture["metadata"]["tags"] == ["remove-input"]
     alone = code("alone", "draw()", outputs=[drawn])
     alone["metadata"]["mystnb"] = figure
     assert polished(pages, alone)[-1]["source"] == "draw()"

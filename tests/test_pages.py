@@ -152,3 +152,15 @@ def test_search_finds_pages_without_a_server(browser):
 def test_some_page_has_mathematics(browser):
     show(browser, "book/notation.html")
     assert browser.find_elements("css selector", "mjx-container")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks/")])
+def test_every_figure_of_a_chapter_that_was_run_is_there(page):
+    text = (HTML / page).read_text("utf8")
+    if "s4-not-executed" in text:
+        pytest.skip("not executed")
+    cells = json.loads((ROOT / page).with_suffix(".ipynb").read_text("utf8"))["cells"]
+    figures = [
+        c["metadata"]["mystnb"]["figure"]["name"] for c in cells if "mystnb" in c["metadata"]
+    ]
+    assert figures and [name for name in figures if f'id="{name}"' not in text] == []

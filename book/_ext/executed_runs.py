@@ -89,7 +89,8 @@ def figure_apart(cell: dict) -> list[dict]:
     pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
     if "figure" not in cell["metadata"].get("mystnb", {}) or len(outputs) == len(pictures):
         return [cell]
-    shown = {**cell, "id": f"{cell['id']}-figure", "source": "", "outputs": pictures}
+    # The source is hidden, but must not be empty: a cell without source is left out of the page.
+    shown = {**cell, "id": f"{cell['id']}-figure", "source": "# see above", "outputs": pictures}
     shown["metadata"] = {**cell["metadata"], "tags": ["remove-input"]}
     rest = {k: v for k, v in cell["metadata"].items() if k != "mystnb"}
     said = [output for output in outputs if output not in pictures]
