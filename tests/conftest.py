@@ -31,6 +31,7 @@ def tiny_config(**changes) -> Config:
         "unlabeled": 12,
         "eval_images": 6,
         "epochs": 2,
+        "eval_every": 1,
         "batch": 4,
         "unlabeled_batch": 4,
         "device": "cpu",

@@ -25,6 +25,7 @@ TINY = {
     "unlabeled": 12,
     "eval_images": 6,
     "epochs": 2,
+    "eval_every": 1,
     "batch": 4,
     "unlabeled_batch": 4,
     "device": "cpu",

@@ -440,8 +440,10 @@ def loader(camvid):
     """A function that makes a loader over 6 frames, 2 of them labeled."""
     images = open_dataset("camvid", "train", root=str(camvid))
 
-    def make(batch=2, unlabeled_batch=2, seed=0, method="cutmix_seg", labeled=2, **view):
-        method = METHODS[method](lambda: torch.nn.Conv2d(3, 11, 1))
+    def make(
+        batch=2, unlabeled_batch=2, seed=0, method="cutmix_seg", method_args=(), labeled=2, **view
+    ):
+        method = METHODS[method](lambda: torch.nn.Conv2d(3, 11, 1), **dict(method_args))
         chosen = split(images, "camvid", labeled, 0)
         return Loader(
             images,
@@ -546,14 +548,15 @@ def test_strong_views_show_the_weak_crop_in_other_colours(loader):
 
 
 def test_noisy_views_are_the_weak_crop_with_noise_of_their_own(loader):
-    batch = loader(method="mean_teacher", preset="noise", unlabeled_batch=4, noise=0.2)[0]
+    noisy = {"method": "mean_teacher", "method_args": {"views": "noise"}, "noise": 0.2}
+    batch = loader(**noisy, unlabeled_batch=4)[0]
     assert len(batch.strong) == 2
     noises = [view - batch.weak for view in batch.strong]
     for noise in noises:
         assert 0.19 < noise.std() < 0.21 and noise.mean().abs() < 0.01
         assert not torch.equal(noise[0], noise[1])
     assert (noises[0] * noises[1]).mean().abs() < 0.002
-    silent = loader(method="mean_teacher", noise=0.0)[0]
+    silent = loader(**{**noisy, "noise": 0.0})[0]
     assert torch.equal(silent.strong[0], silent.weak)
 
 

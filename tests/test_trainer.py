@@ -21,7 +21,6 @@ from conftest import equal, tiny_config
 from s4lib import progress, trainer
 from s4lib.cli import main
 from s4lib.method import trainable
-from s4lib.methods.mean_teacher import MeanTeacher
 from s4lib.methods.supervised import Supervised
 from s4lib.run_folder import Busy, RunFolder
 from s4lib.trained import load
@@ -131,9 +130,9 @@ def test_a_trained_run_loads_where_its_weights_file_is_gone(tiny, tmp_path):
     load(tmp_path / "runs" / config.run_id, device="cpu")
 
 
-@pytest.mark.parametrize("preset", MeanTeacher.presets)
-def test_teachers_keep_their_mode_while_training(tiny, tmp_path, preset):
-    config = tiny(method="mean_teacher", preset=preset, epochs=1)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_teachers_keep_their_mode_while_training(tiny, tmp_path, mode):
+    config = tiny(method="mean_teacher", method_args={"teacher_mode": mode}, epochs=1)
     run = Run(config, RunFolder(tmp_path, config), CPU)
     modes = []
 
@@ -141,7 +140,7 @@ def test_teachers_keep_their_mode_while_training(tiny, tmp_path, preset):
         modes.append((run.method.student.training, run.method.teacher.training))
 
     run.train(False, note)
-    assert set(modes) == {(True, preset == "code")}
+    assert set(modes) == {(True, mode == "train")}
 
 
 def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(tiny, tmp_path):
