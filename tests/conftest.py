@@ -22,21 +22,23 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1)
 
 
+# A run of a second: 3 steps an epoch, 2 epochs, mosaic at 32 x 32, evaluated on 6 images.
+TINY = {
+    "net": "tiny",
+    "size": [32, 32],
+    "labeled": 8,
+    "unlabeled": 12,
+    "eval_images": 6,
+    "epochs": 2,
+    "eval_every": 1,
+    "batch": 4,
+    "unlabeled_batch": 4,
+    "device": "cpu",
+}
+
+
 def tiny_config(**changes) -> Config:
-    """A run of a second: 3 steps an epoch, 2 epochs, mosaic at 32 x 32, evaluated on 6 images."""
-    values = {
-        "net": "tiny",
-        "size": (32, 32),
-        "labeled": 8,
-        "unlabeled": 12,
-        "eval_images": 6,
-        "epochs": 2,
-        "eval_every": 1,
-        "batch": 4,
-        "unlabeled_batch": 4,
-        "device": "cpu",
-    }
-    return protocol("mosaic-32", **{**values, **changes})
+    return protocol("mosaic-32", **{**TINY, **changes})
 
 
 @pytest.fixture

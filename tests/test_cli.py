@@ -11,25 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import TINY
 from PIL import Image
 
 from s4lib.cli import main, train_config
 from s4lib.config import Config, protocol
 from s4lib.data.mosaic import Mosaic
 from s4lib.methods import METHODS
-
-TINY = {
-    "net": "tiny",
-    "size": [32, 32],
-    "labeled": 8,
-    "unlabeled": 12,
-    "eval_images": 6,
-    "epochs": 2,
-    "eval_every": 1,
-    "batch": 4,
-    "unlabeled_batch": 4,
-    "device": "cpu",
-}
 
 
 @pytest.fixture

@@ -143,3 +143,17 @@ def test_a_finished_run_has_a_full_record(trained_run):
     assert len(found["split_sha256"]) == 64 and not records.stale(found)
     assert set(found["versions"]) >= {"python", "torch", "timm", "numpy"}
     assert copy.deepcopy(found) == json.loads((trained_run / "record.json").read_text())
+
+
+def test_like_takes_draws_and_seeds_of_one_setting_only():
+    from s4lib.config import protocol
+
+    def made(**changes):
+        config = protocol("mosaic-32", **changes)
+        return {"run_id": config.run_id, "config": config.to_dict(), "made": len(changes)}
+
+    wanted = [made(draw=d, seed=d) for d in (1, 0)]
+    others = [made(draw=0, batch=16), made(draw=0, method="mean_teacher")]
+    again = {**wanted[0], "made": "later"}
+    found = records.like([*wanted, *others, again], protocol("mosaic-32", data_root="x"))
+    assert [r["config"]["draw"] for r in found] == [0, 1] and found[1]["made"] == "later"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from s4lib.method import Clock, ema, frozen_copy, joint
-from s4lib.schedules import poly, ramp_up, warm_decay
+from s4lib.schedules import linear_warmup, poly, ramp_up, warm_decay
 
 
 def test_the_clock_counts_epochs_and_progress():
@@ -113,3 +113,9 @@ def test_a_joint_pass_lets_batch_norm_see_all_images():
     assert a.shape == low.shape and b.shape == high.shape
     assert net.running_mean.item() == pytest.approx(0.1 * 3)
     assert a.mean() < -1 < b.mean() < 1
+
+
+def test_linear_warmup_rises_to_one_over_its_share():
+    factors = [linear_warmup(Clock(step, 10, 2), 0.2) for step in range(6)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert linear_warmup(Clock(0, 10, 2), 0.0) == 1.0

@@ -1,0 +1,31 @@
+"""What tables and claims say of records."""
+
+from __future__ import annotations
+
+from test_records import BASE, OURS, record
+
+from s4lib import tables
+
+
+def test_claims_name_only_what_the_interval_allows():
+    clear = [record(v + 10 + 0.1 * d, d) for d, v in enumerate([40.0, 42.0, 42.5, 43.0, 41.5])]
+    text = tables.claims({"base": BASE, "clear": clear, "ours": OURS}, ["base", "clear"])
+    assert "**clear is better than base**: +10.2" in text and "5 draw(s)" in text
+    turned = tables.claims({"base": BASE, "clear": clear}, ["clear", "base"])
+    assert "base is worse than clear" in turned
+    mixed = [record(v + (-1) ** d, d) for d, v in enumerate([40.0, 42.0, 42.5, 43.0])]
+    assert "not distinguishable" in tables.claims({"a": BASE, "b": mixed}, ["a", "b"])
+
+
+def test_beside_finds_the_committed_record_of_the_same_run():
+    about = {"device": "CPU", "versions": {"torch": "2.11"}}
+    here, there, missing = record(41.0), {**record(40.5), **about}, record(39.0, draw=7)
+    known, unknown = tables.beside({"here": here, "new": missing}, [there]).rows
+    assert known == ["here", "41.0", "40.5", "+0.5", "CPU, torch 2.11"]
+    assert unknown == ["new", "39.0", "none", "", ""]
+    stale = {**there, "method_source": "older"}
+    assert tables.beside({"here": here}, [stale]).rows[0][2] == "40.5*"
+
+
+def test_a_listing_is_the_source_at_the_left_margin():
+    assert tables.listing(tables.Table.__repr__).startswith("```python\ndef __repr__(self)")
