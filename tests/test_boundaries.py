@@ -23,6 +23,7 @@ def test_neighbours_across_a_boundary_differ_by_the_step():
 def test_separability_is_the_share_of_ordered_pairs():
     low, high = np.array([1.0, 2.0, 5.0]), np.array([3.0, 4.0])
     assert separability(low, high) == 4 / 6
+    assert separability(low, low) == 0.5  # ties count half
     assert separability(low, low + 10) == 1 and separability(low + 10, low) == 0
 
 
