@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.images import Images
-from .method import IGNORE
+from .losses import IGNORE
 from .records import Difference, paired
 from .trained import Trained
 

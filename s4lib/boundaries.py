@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from .analysis import Predictions, near_border
-from .method import IGNORE
+from .losses import IGNORE
 
 
 def neighbour_distances(

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 
 from .config import Config, checked
-from .data import open_dataset
+from .data import DATASETS, open_dataset
 from .data.images import Images
 from .data.splits import Split, split
+from .losses import ohem
 from .method import Method
 from .methods import METHODS
-from .nets import build_net
+from .nets import SegNet, build_net
 
 HERE = Path(__file__).resolve().parent
+DATA = "images splits views loader".split()
 CORE = "method losses mixing perturb schedules nets minimizer trainer evaluate metrics".split()
 
 
@@ -48,10 +50,15 @@ def build_method(config: Config, classes: int) -> Method:
     if "weights" in config.net_args:
         raise ValueError("net_args has key 'weights', which is an option of its own: weights=FILE")
     torch.manual_seed(config.seed)
-    method = kind(
-        lambda: build_net(config.net, classes, weights=config.weights, **config.net_args),
-        **arguments,
-    )
+
+    def build(**changes) -> SegNet:
+        given = {**config.net_args, **changes}
+        return build_net(config.net, classes, weights=config.weights, **given)
+
+    method = kind(build, **arguments)
+    if config.sup_loss == "ohem":
+        limits = {"threshold": config.ohem_threshold, "min_kept": config.ohem_min_kept}
+        method.criterion = functools.partial(ohem, **limits)
     return method.to(memory_format=torch.channels_last).train()  # puts teachers into their mode
 
 
@@ -68,14 +75,17 @@ def open_data(config: Config) -> tuple[Images, Split, Images, range]:
     return images, chosen, held_out, range(len(held_out))[: config.eval_images or None]
 
 
-def method_source(name: str) -> str:
-    """Fingerprint of the code that decides a method's numbers: its file and the core it stands on.
+def method_source(name: str, dataset: str) -> str:
+    """Fingerprint of the code that decides a run's numbers: the method's file, the dataset's, and
+    the core they stand on.
 
     A record made by other code is stale. Comments, docstrings and white space do not count.
     """
     own = Path(inspect.getsourcefile(METHODS[name]))
     core = (path for path in HERE.glob("*.py") if path.stem in CORE)
-    files = [own, *sorted(core), *sorted((HERE / "data").glob("*.py"))]
+    data = (HERE / "data" / f"{stem}.py" for stem in DATA)
+    reader = Path(inspect.getsourcefile(DATASETS[dataset]))
+    files = [own, *sorted(core), *data, reader]
     return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:12]
 
 

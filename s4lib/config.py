@@ -44,10 +44,14 @@ class Config:
         jitter: strength of brightness, contrast and saturation changes in strong views.
         hue: largest hue shift in strong views, as a share of the colour circle.
         noise: standard deviation of Gaussian noise, on normalised images, in noisy views.
+        sup_loss: ce, or ohem (online hard example mining: only pixels the network is unsure of).
+        ohem_threshold: probability of the true class below which a pixel is hard.
+        ohem_min_kept: pixels per process that are kept at least.
         optimizer: adamw or sgd (momentum 0.9).
         lr: learning rate at the start; it falls by the poly rule.
         encoder_lr: factor on `lr` for the encoder.
         weight_decay: of the optimizer.
+        decay_all: weight decay on biases and normalisation too, or only on convolutions.
         power: of the poly rule.
         lr_warmup: share of the training over which the learning rate first rises from zero.
         clip: largest gradient norm; 0 does not clip.
@@ -84,10 +88,14 @@ class Config:
     jitter: float = 0.5
     hue: float = 0.05
     noise: float = 0.15
+    sup_loss: typing.Literal["ce", "ohem"] = "ce"
+    ohem_threshold: float = 0.7
+    ohem_min_kept: int = 100_000
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-3
     encoder_lr: float = 1.0
     weight_decay: float = 1e-2
+    decay_all: bool = True
     power: float = 0.9
     lr_warmup: float = 0.0
     clip: float = 0.0
@@ -140,11 +148,15 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """Of the fields that can change a number: not where files lie or what computes."""
+        """Of the fields that can change a number: not where files lie or what computes.
+
+        Fields at their default do not count, so that a new one leaves older hashes as they are.
+        """
+        default = type(self)().to_dict()
         values = {
             k: v
             for k, v in self.to_dict().items()
-            if k not in ("data_root", "device", "tensorboard")
+            if k not in ("data_root", "device", "tensorboard") and v != default[k]
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -152,6 +164,13 @@ class Config:
     def run_id(self) -> str:
         preset = "" if self.preset == "paper" else f"-{self.preset}"
         return f"{self.protocol}-{self.method}{preset}-d{self.draw}-s{self.seed}-{self.hash}"
+
+
+def one_of(name: str, value: str, *valid: str) -> str:
+    """`value`, if it is valid. Raises ValueError, naming the valid ones, if not."""
+    if value not in valid:
+        raise ValueError(f"{name}={value!r}: choose {' or '.join(valid)}")
+    return value
 
 
 def checked(name: str, value: object, kind: object) -> object:

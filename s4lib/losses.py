@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import distributed
-from .method import IGNORE, one_of
+from .config import one_of
+
+IGNORE = 255  # the label of void and of padding: out of every loss and every metric
 
 
 def _mean(value: Tensor, count: Tensor) -> Tensor:
@@ -46,6 +48,24 @@ def ce(
     loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
     loss = torch.where(kept, loss, 0)  # not loss * kept: infinity times zero is NaN
     return _mean(loss if weight is None else loss * weight, counted[over])
+
+
+def ohem(logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 100_000) -> Tensor:
+    """Cross-entropy over hard pixels: those whose true class has at most `threshold` probability,
+    and in any case the `min_kept` hardest of this process (online hard example mining).
+
+    The rule of U2PL@ab3d2be (OhemCrossEntropy2dTensor), TorchSemiSeg@5e0c29c
+    (ProbOhemCrossEntropy2d) and UniMatch@0324f3dd. Arguments as of `ce`.
+    """
+    if min_kept >= label.numel():
+        return ce(logits, label)
+    with torch.no_grad():
+        valid = label != IGNORE
+        probs = logits.float().softmax(1)
+        true = probs.gather(1, torch.where(valid, label, 0)[:, None])[:, 0]
+        true = torch.where(valid, true, 1.0)  # so that too few valid pixels keep them all
+        cut = true.flatten().kthvalue(max(min_kept, 1)).values.clamp(min=threshold)
+    return ce(logits, label, keep=true <= cut)
 
 
 def mse(

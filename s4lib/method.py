@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-IGNORE = 255  # the label of void and of padding: out of every loss and every metric
+from .config import one_of
+from .losses import ce
 
 
 class Batch(NamedTuple):
@@ -21,6 +22,7 @@ class Batch(NamedTuple):
     weak: Tensor  # unlabeled, weak view             (U, 3, H, W)
     strong: tuple[Tensor, ...]  # the same crops, `strong_views` strong versions of each
     valid: Tensor  # False where `weak` is padding   (U, H, W) bool
+    image_strong: Tensor | None = None  # strong view of `image`, for methods that want it
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,19 @@ Minimize = Callable[..., bool]
 class Method(nn.Module):
     """Its children are its networks, `step` is how they learn, `forward` is what is deployed.
 
-    Subclasses take `build` (a function that returns a fresh `SegNet`) and keyword-only
-    hyper-parameters whose defaults are the paper's values. Anything remembered between steps must
-    be a buffer, so that `state_dict` is the whole state.
+    Subclasses take `build` (a function that returns a fresh `SegNet`; keyword arguments change the
+    configured ones) and keyword-only hyper-parameters whose defaults are the paper's values.
+    Anything remembered between steps must be a buffer, so that `state_dict` is the whole state.
     """
 
     strong_views: int = 0  # strong versions wanted of each unlabeled crop
+    labeled_strong: bool = False  # whether `Batch.image_strong` is wanted
     family: str = "colour"  # what makes them strong: "colour" (photometric) or "noise" (Gaussian)
     uses_unlabeled: ClassVar[bool] = True
     deployed: ClassVar[str] = "student"  # the child that `forward` runs
     batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
+    criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(ce)  # supervised loss: ce or ohem
 
     def step(self, batch: Batch, clock: Clock, minimize: Minimize) -> dict[str, Tensor]:
         """Learn from one batch; return detached 0-d tensors to log."""
@@ -84,6 +88,14 @@ class Method(nn.Module):
                 found[name] = child
         return found
 
+    def schedule(self, child: str, clock: Clock) -> float:
+        """Where a child's learning-rate schedule stands, in [0, 1); 0 keeps it constant."""
+        return clock.progress
+
+    def restarts(self, child: str, clock: Clock) -> bool:
+        """Whether a child's optimizer forgets its state before this step, as a new one would."""
+        return False
+
     def train(self, mode: bool = True):
         """As in torch, but frozen children stay in eval mode unless in `batch_statistics`."""
         super().train(mode)
@@ -91,13 +103,6 @@ class Method(nn.Module):
             if name not in self.batch_statistics and not trainable(child):
                 child.eval()
         return self
-
-
-def one_of(name: str, value: str, *valid: str) -> str:
-    """`value`, if it is valid. Raises ValueError, naming the valid ones, if not."""
-    if value not in valid:
-        raise ValueError(f"{name}={value!r}: choose {' or '.join(valid)}")
-    return value
 
 
 def trainable(net: nn.Module) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import IGNORE, one_of
+from .config import one_of
+from .losses import IGNORE
 
 
 def confusion(label: Tensor, truth: Tensor, classes: int) -> Tensor:

@@ -21,31 +21,41 @@ class Minimizer:
     def __init__(self, method: Method, config: Config, device: torch.device):
         self.nets = {name: net for name, net in method.named_children() if trainable(net)}
         self.optimizers = {name: self._optimizer(net, config) for name, net in self.nets.items()}
-        self.config = config
+        self.method, self.config = method, config
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.updates_now = True
         self.step = 0
         self.first_bad_step = torch.full((), -1, device=device)
 
     def _optimizer(self, net: nn.Module, config: Config) -> torch.optim.Optimizer:
-        encoder, rest = [], []
+        parts: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in net.named_parameters():
-            (encoder if "encoder." in f".{name}" else rest).append(p)
-        groups = [{"params": encoder, "factor": config.encoder_lr}, {"params": rest, "factor": 1.0}]
-        groups = [group for group in groups if group["params"]]
+            factor = config.encoder_lr if name.startswith("encoder.") else 1.0
+            decay = config.weight_decay if config.decay_all or p.ndim > 1 else 0.0
+            parts.setdefault((factor, decay), []).append(p)
+        groups = [
+            {"params": params, "factor": factor, "weight_decay": decay}
+            for (factor, decay), params in parts.items()
+        ]
         if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+            return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
 
     def begin(self, clock: Clock, last: bool = True) -> float:
-        """Set the learning rate of the step; `last` says that this batch completes an update."""
-        lr = self.config.lr * poly(clock.progress, self.config.power)
-        lr *= linear_warmup(clock, self.config.lr_warmup)
-        for optimizer in self.optimizers.values():
+        """Set the learning rates of the step; `last` says that this batch completes an update.
+
+        Returns the first child's.
+        """
+        rates = {}
+        for name, optimizer in self.optimizers.items():
+            if self.method.restarts(name, clock):
+                optimizer.state.clear()
+            rates[name] = poly(self.method.schedule(name, clock), self.config.power)
+            rates[name] *= self.config.lr * linear_warmup(clock, self.config.lr_warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
+                group["lr"] = rates[name] * group["factor"]
         self.step, self.updates_now = clock.step, last
-        return lr
+        return next(iter(rates.values()))
 
     def __call__(self, loss: Tensor, *nets: nn.Module) -> bool:
         names = [name for name, net in self.nets.items() if any(net is n for n in nets)]

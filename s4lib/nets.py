@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import checked
-from .method import one_of
+from .config import checked, one_of
 from .weights import first_line, load_encoder
 
 # Networks by name: keyword arguments of SegNet. `light` is the CPU network of the embedded dataset,
@@ -68,11 +67,9 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1
 
 
 class Decoder(nn.Module):
-    """ASPP on the deepest feature, fused with a finer one, at the finer one's size."""
+    """ASPP on the deepest feature, concatenated with a finer one, at the finer one's size."""
 
-    def __init__(
-        self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int], fuse: int
-    ):
+    def __init__(self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int]):
         super().__init__()
         branches = [conv_norm_relu(deep, aspp_width)]
         branches += [conv_norm_relu(deep, aspp_width, 3, rate) for rate in rates]
@@ -82,18 +79,20 @@ class Decoder(nn.Module):
         self.pooled = nn.Conv2d(deep, aspp_width, 1)
         self.project = conv_norm_relu(aspp_width * (len(branches) + 1), width)
         self.low = conv_norm_relu(low, low_width)
-        inputs = [width + low_width] + [width] * (fuse - 1)
-        self.fuse = nn.Sequential(*(conv_norm_relu(n, width, 3) for n in inputs))
+        self.channels = width + low_width
 
     def forward(self, low: Tensor, deep: Tensor) -> Tensor:
         pooled = self.pooled(deep.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *deep.shape[2:])
         x = self.project(torch.cat([*(branch(deep) for branch in self.branches), pooled], 1))
         x = F.interpolate(x, low.shape[2:], mode="bilinear")
-        return self.fuse(torch.cat([x, self.low(low)], 1))
+        return torch.cat([x, self.low(low)], 1)
 
 
 class SegNet(nn.Module):
     """Encoder, decoder, classifier; logits at input size.
+
+    Its children are `encoder` (image to features), `decoder` (ASPP, features to one fused map) and
+    `classifier` (the last convolutions, fused map to logits).
 
     Args:
         classes: number of classes K.
@@ -104,7 +103,7 @@ class SegNet(nn.Module):
         skip_stride: stride of the feature that is fused in, 4 in DeepLabV3+.
         deep_index: which timm feature goes to the ASPP; None takes the last.
         width, low_width, aspp_width, rates: decoder sizes; aspp_width 0 means `width`.
-        fuse: number of 3 x 3 convolutions after the fusion, 2 in DeepLabV3+.
+        fuse: number of 3 x 3 convolutions in the classifier, 2 in DeepLabV3+.
         norm: "batch", or "group" (statistics per image: results do not depend on the batch).
         pretrained: ask timm for its default weights (needs a network or timm's cache).
 
@@ -154,9 +153,10 @@ class SegNet(nn.Module):
             low_width=low_width,
             aspp_width=aspp_width or width,
             rates=list(rates),
-            fuse=fuse,
         )
-        self.classifier = nn.Conv2d(width, classes, 1)
+        inputs = [self.decoder.channels] + [width] * (fuse - 1)
+        last = nn.Conv2d(width, classes, 1)
+        self.classifier = nn.Sequential(*(conv_norm_relu(n, width, 3) for n in inputs), last)
         info = getattr(self.encoder, "pretrained_cfg", None) or {}
         self.mean, self.std = (
             tuple(info.get("mean", (0.5,) * 3)),
@@ -170,9 +170,17 @@ class SegNet(nn.Module):
         """Features (low, deep) of images (B, 3, H, W)."""
         return tuple(self.encoder(image))
 
+    def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
+        """The one map (B, C, h, w) that the classifier reads, of features."""
+        return self.decoder(*features)
+
+    def classify(self, fused: Tensor, size: torch.Size) -> Tensor:
+        """Logits (B, K, *size) of a fused map."""
+        return F.interpolate(self.classifier(fused), size, mode="bilinear")
+
     def decode(self, features: tuple[Tensor, ...], size: torch.Size) -> Tensor:
         """Logits (B, K, *size) of features."""
-        return F.interpolate(self.classifier(self.decoder(*features)), size, mode="bilinear")
+        return self.classify(self.fuse(features), size)
 
     def forward(self, image: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         features = self.encode(image)

@@ -173,7 +173,8 @@ def _by_draw(records: Iterable[dict]) -> dict[tuple[int, int], dict]:
 
 
 def stale(record: dict) -> bool:
-    """True if the method's file has changed since the record was made."""
+    """True if code that decides its numbers has changed since the record was made."""
     from .build import method_source
 
-    return method_source(record["config"]["method"]) != record["method_source"]
+    config = record["config"]
+    return record["method_source"] != method_source(config["method"], config["dataset"])

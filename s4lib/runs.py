@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import records
-from .build import build_method, method_source, open_data
+from .build import build_method, open_data
 from .config import Config
 from .progress import Progress
 from .run_folder import Busy, RunFolder
@@ -81,7 +81,7 @@ def _finish(
 ) -> dict:
     """The record of one run, trained if there is none that its method's present file has made."""
     record = RunFolder(out, config).record()
-    fresh = record is not None and record["method_source"] == method_source(config.method)
+    fresh = record is not None and not records.stale(record)
     if fresh:
         return record
     outdated = record is not None

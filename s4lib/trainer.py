@@ -268,7 +268,7 @@ class Run:
         return {
             "run_id": config.run_id,
             "config": config.to_dict(),
-            "method_source": method_source(config.method),
+            "method_source": method_source(config.method, config.dataset),
             "split_sha256": self.split.sha256,
             "labeled": len(self.split.labeled),
             "unlabeled": len(self.split.unlabeled) if self.method.uses_unlabeled else 0,

@@ -18,8 +18,7 @@ from s4lib.config import Config
 from s4lib.data import open_dataset
 from s4lib.data.mosaic import Mosaic
 from s4lib.evaluate import confusion_matrices
-from s4lib.losses import ce, mse
-from s4lib.method import IGNORE
+from s4lib.losses import IGNORE, ce, mse
 from s4lib.methods import METHODS
 from s4lib.nets import build_net
 from s4lib.run_folder import RunFolder

@@ -8,7 +8,8 @@ from torch import nn
 from s4lib import analysis, tables, trained
 from s4lib.analysis import Predictions
 from s4lib.data import open_dataset
-from s4lib.method import IGNORE, ema, frozen_copy
+from s4lib.losses import IGNORE
+from s4lib.method import ema, frozen_copy
 from s4lib.schedules import warm_decay
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from s4lib import trainer
 from s4lib.build import build_method
-from s4lib.method import IGNORE, Batch, Clock, trainable
+from s4lib.losses import IGNORE
+from s4lib.method import Batch, Clock, trainable
 from s4lib.methods import METHODS
 from s4lib.minimizer import Minimizer
 from s4lib.trainer import fit

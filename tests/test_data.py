@@ -19,7 +19,7 @@ from s4lib.data.loader import Loader
 from s4lib.data.mosaic import LENGTHS, Mosaic, scene
 from s4lib.data.splits import split
 from s4lib.data.views import Views, colour_jitter
-from s4lib.method import IGNORE
+from s4lib.losses import IGNORE
 from s4lib.methods import METHODS
 
 # What `mosaic` is. Change its constants and these change: print them with the two tests below.

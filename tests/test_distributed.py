@@ -67,8 +67,8 @@ def test_two_half_batches_are_one_whole_batch(found, folder, tmp_path, name):
     one, two = (weights(out / config.run_id) for out in (tmp_path, folder / "runs"))
     tolerance = 1e-4 if "batch norm" in name else 1e-5
     torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
-    start = trainer.build_method(config, 8).state_dict()["student.classifier.weight"]
-    assert (one["student.classifier.weight"] - start).abs().max() > 1e-3
+    start = trainer.build_method(config, 8).state_dict()["student.classifier.0.0.weight"]
+    assert (one["student.classifier.0.0.weight"] - start).abs().max() > 1e-3
     networks = found[name][0][1]
     for network, results in record["networks"].items():
         assert networks[network]["last"]["miou"] == pytest.approx(results["last"]["miou"], abs=0.2)

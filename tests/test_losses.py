@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from s4lib.losses import ce, mse, pseudo_label
-from s4lib.method import IGNORE
+from s4lib.losses import IGNORE, ce, mse, pseudo_label
 
 
 def logits_of(probs: list[list[float]]) -> torch.Tensor:

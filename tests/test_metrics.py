@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s4lib.evaluate import confusion_matrices, normaliser, scores
-from s4lib.method import IGNORE
+from s4lib.losses import IGNORE
 from s4lib.metrics import confusion, iou, miou
 
 

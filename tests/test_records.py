@@ -16,13 +16,13 @@ from s4lib.build import _code, method_source
 def record(miou: float, draw: int = 0, seed: int = 0, method: str = "supervised") -> dict:
     return {
         "run_id": f"{method}-{draw}-{seed}",
-        "config": {"draw": draw, "seed": seed, "method": method},
+        "config": {"draw": draw, "seed": seed, "method": method, "dataset": "mosaic"},
         "deployed": "student",
         "networks": {
             "student": {"last": {"miou": miou}, "best": {"miou": miou + 1}},
             "teacher": {"last": {"miou": miou + 2}, "best": {"miou": miou + 3}},
         },
-        "method_source": method_source(method),
+        "method_source": method_source(method, "mosaic"),
     }
 
 

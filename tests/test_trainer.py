@@ -86,7 +86,9 @@ def test_best_holds_the_weights_of_the_best_evaluation(tiny, tmp_path, monkeypat
     assert record["networks"]["student"]["best"]["epoch"] == 2
     best = torch.load(tmp_path / config.run_id / "best.pt", weights_only=True)
     assert_equal(best, seen[2])
-    assert not torch.equal(best["student.classifier.weight"], seen[3]["student.classifier.weight"])
+    assert not torch.equal(
+        best["student.classifier.0.0.weight"], seen[3]["student.classifier.0.0.weight"]
+    )
 
 
 def test_evaluation_is_periodic_and_always_at_the_end(tiny, tmp_path):
@@ -154,7 +156,9 @@ def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(tin
     a, b = (weights_of(tmp_path / side / tiny().run_id) for side in "ab")
     assert_equal(a, b)
     other = weights_of(tmp_path / "a" / tiny(seed=1).run_id)
-    assert not torch.equal(a["student.classifier.weight"], other["student.classifier.weight"])
+    assert not torch.equal(
+        a["student.classifier.0.0.weight"], other["student.classifier.0.0.weight"]
+    )
     assert len(before) == len(after)
 
 
@@ -187,7 +191,9 @@ def test_two_accumulated_half_batches_are_one_whole_batch(tiny, tmp_path):
     a, b = (weights_of(tmp_path / config.run_id) for config in (whole, halves))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     start = Run(whole, RunFolder(tmp_path, whole), CPU).method.state_dict()
-    assert (a["student.classifier.weight"] - start["student.classifier.weight"]).abs().max() > 1e-3
+    assert (
+        a["student.classifier.0.0.weight"] - start["student.classifier.0.0.weight"]
+    ).abs().max() > 1e-3
 
 
 def test_the_teacher_moves_once_per_update(tiny, tmp_path, monkeypatch):
@@ -228,7 +234,7 @@ def test_mixed_precision_trains_on_a_cpu(tiny, tmp_path, amp):
     assert record["networks"]["student"]["last"]["miou"] >= 0
     weights = weights_of(tmp_path / config.run_id)
     assert all(torch.isfinite(v).all() for v in weights.values())
-    assert weights["student.classifier.weight"].dtype == torch.float32
+    assert weights["student.classifier.0.0.weight"].dtype == torch.float32
     scale = state_of(tmp_path / config.run_id)["minimizer"]["scaler"]
     assert bool(scale) == (amp == "fp16")
 
@@ -322,7 +328,7 @@ def test_nan_weights_after_a_finite_loss_are_not_kept(tiny, tmp_path, monkeypatc
 
     def spoilt(self, batch, clock, minimize):
         if clock.step == 5:  # the last of the epoch
-            self.student.classifier.weight.register_hook(lambda g: g * float("nan"))
+            self.student.classifier[0][0].weight.register_hook(lambda g: g * float("nan"))
         return step(self, batch, clock, minimize)
 
     monkeypatch.setattr(Supervised, "step", spoilt)

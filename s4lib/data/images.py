@@ -9,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..method import IGNORE
+from ..losses import IGNORE
 
 
 class Images:

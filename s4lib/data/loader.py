@@ -59,7 +59,7 @@ class Loader:
         self.images, self.split, self.views = images, split, views
         self.batch, self.unlabeled_batch = batch, unlabeled_batch
         self.strong_views = method.strong_views
-        self.family = method.family
+        self.labeled_strong, self.family = method.labeled_strong, method.family
         self.uses_unlabeled = method.uses_unlabeled
         if self.uses_unlabeled and not split.unlabeled:
             raise ValueError(
@@ -112,20 +112,22 @@ class Loader:
         return ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def __getitem__(self, step: int) -> Batch:
-        images, labels, maps, _ = self._views(LABELED, self._mine(self.labeled_at(step)))
-        image = self._normalise(self.views.crop_images(images, maps))
-        label = self.views.crop_labels(labels, maps)
+        images, labels, maps, rngs = self._views(LABELED, self._mine(self.labeled_at(step)))
+        plain = self.views.crop_images(images, maps)
+        image, label = self._normalise(plain), self.views.crop_labels(labels, maps)
+        image_strong = self._strong(plain, image, rngs) if self.labeled_strong else None
         if not self.uses_unlabeled:
-            return Batch(image, label, image[:0], (), torch.ones_like(label[:0], dtype=torch.bool))
+            valid = torch.ones_like(label[:0], dtype=torch.bool)
+            return Batch(image, label, image[:0], (), valid, image_strong)
         images, _, maps, rngs = self._views(UNLABELED, self._mine(self.unlabeled_at(step)))
         plain = self.views.crop_images(images, maps)
-        weak, strong = self._normalise(plain), []
-        for _ in range(self.strong_views):
-            if self.family == "noise":
-                strong.append(self.views.add_noise(weak, rngs))
-                continue
-            draws = np.stack([self.views.draw_colour(rng) for rng in rngs])
-            jittered = colour_jitter(plain, torch.from_numpy(draws).to(self.device))
-            strong.append(self._normalise(jittered))
-        valid = self.views.valid(images, maps)
-        return Batch(image, label, weak, tuple(strong), valid)
+        weak = self._normalise(plain)
+        strong = tuple(self._strong(plain, weak, rngs) for _ in range(self.strong_views))
+        return Batch(image, label, weak, strong, self.views.valid(images, maps), image_strong)
+
+    def _strong(self, plain: Tensor, weak: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+        """A strong version of views in [0, 1], which normalised are `weak`."""
+        if self.family == "noise":
+            return self.views.add_noise(weak, rngs)
+        draws = np.stack([self.views.draw_colour(rng) for rng in rngs])
+        return self._normalise(colour_jitter(plain, torch.from_numpy(draws).to(self.device)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..method import IGNORE
+from ..losses import IGNORE
 from .images import Images
 
 TRIES = 300  # random draws that are compared

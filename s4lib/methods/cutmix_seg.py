@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import torch
 
+from ..config import one_of
 from ..losses import ce, mse, pseudo_label
-from ..method import Method, ema, frozen_copy, joint, one_of
+from ..method import Method, ema, frozen_copy, joint
 from ..mixing import cutmix
 from ..schedules import ramp_up, warm_decay
 
@@ -90,7 +91,7 @@ class CutMixSeg(Method):
             cons = cons * sure.float().mean()
         else:
             cons = ce(logits_u, label, keep=sure, over="all")
-        sup = ce(logits, batch.label)
+        sup = self.criterion(logits, batch.label)
         if minimize(sup + self.weight * ramp_up(clock, self.ramp) * cons, self.student):
             decay = warm_decay(self.decay, clock.step)
             ema(self.teacher, self.student, decay, self.buffers)

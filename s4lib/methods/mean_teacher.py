@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import torch
 
-from ..losses import ce, mse
-from ..method import Method, ema, frozen_copy, joint, one_of
+from ..config import one_of
+from ..losses import mse
+from ..method import Method, ema, frozen_copy, joint
 from ..schedules import ramp_up, warm_decay
 
 
@@ -68,7 +69,7 @@ class MeanTeacher(Method):
         with torch.no_grad():
             target = self.teacher(teacher_view).softmax(1)
         logits, logits_u = joint(self.student, batch.image, student_view)
-        sup = ce(logits, batch.label)
+        sup = self.criterion(logits, batch.label)
         cons = mse(logits_u, target, valid=batch.valid)  # eq. 1
         if minimize(sup + self.weight * ramp_up(clock, self.ramp) * cons, self.student):
             decay = warm_decay(self.decay, clock.step)

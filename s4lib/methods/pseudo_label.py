@@ -34,7 +34,7 @@ class PseudoLabel(Method):
         logits, logits_u = joint(self.student, batch.image, batch.weak)
         label, confidence = pseudo_label(logits_u)  # of the same forward pass: Lee, eq. 14
         keep = batch.valid & (confidence >= self.threshold)
-        sup = ce(logits, batch.label)
+        sup = self.criterion(logits, batch.label)
         unsup = ce(logits_u, label, keep=keep, over="all")  # Lee, eq. 15
         minimize(sup + self.weight * ramp_up(clock, self.ramp) * unsup, self.student)
         return {"sup": sup.detach(), "unsup": unsup.detach(), "kept": keep.float().mean()}

@@ -7,7 +7,6 @@ for a fair comparison of compute.
 
 from __future__ import annotations
 
-from ..losses import ce
 from ..method import Method
 
 
@@ -21,6 +20,6 @@ class Supervised(Method):
         self.student = build()
 
     def step(self, batch, clock, minimize):
-        sup = ce(self.student(batch.image), batch.label)
+        sup = self.criterion(self.student(batch.image), batch.label)
         minimize(sup, self.student)
         return {"sup": sup.detach()}
