@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import equal
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s4lib import trainer
 from s4lib.build import build_method
@@ -20,6 +21,8 @@ from s4lib.trainer import fit
 
 CPU = torch.device("cpu")
 CLASSES = 8
+EPOCHS = 10  # of one step each, so that warm-ups counted in epochs (PS-MT's 5) come to their end
+LAST = EPOCHS - 1
 PRESETS = [(name, preset) for name, kind in METHODS.items() for preset in kind.presets]
 every_preset = pytest.mark.parametrize(("name", "preset"), PRESETS)
 
@@ -34,22 +37,26 @@ class World:
 
     def batch(self, step: int = 0, size: int = 4, classes: int = CLASSES) -> Batch:
         g = torch.Generator().manual_seed(step)
-        images = [torch.randn(size, 3, 32, 32, generator=g) for _ in range(3)]
+        images = [torch.randn(size, 3, 32, 32, generator=g) for _ in range(4)]
         label = torch.randint(0, classes, (size, 4, 4), generator=g)
         label = label.repeat_interleave(8, 1).repeat_interleave(8, 2)
         valid = torch.ones(size, 32, 32, dtype=torch.bool)
         unlabeled = size if self.method.uses_unlabeled else 0
         strong = (images[2],) * self.method.strong_views
-        return Batch(images[0], label, images[1][:unlabeled], strong, valid[:unlabeled])
+        strong_view = images[3] if self.method.labeled_strong else None
+        return Batch(
+            images[0], label, images[1][:unlabeled], strong, valid[:unlabeled], strong_view
+        )
 
-    def step(self, batch: Batch, step: int = 0) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch, step: int = LAST) -> dict[str, torch.Tensor]:
         torch.manual_seed(step)
-        clock = Clock(step, 3, 2)
+        clock = Clock(step, 1, EPOCHS)
         self.minimizer.begin(clock)
         return self.method.step(batch, clock, self.minimizer)
 
-    def steps(self, count: int = 3) -> list[dict[str, torch.Tensor]]:
-        return [self.step(self.batch(i), i) for i in range(count)]
+    def steps(self) -> list[dict[str, torch.Tensor]]:
+        """A whole training, one step an epoch: every phase of a method has its turn."""
+        return [self.step(self.batch(i), i) for i in range(EPOCHS)]
 
 
 @pytest.fixture
@@ -138,28 +145,31 @@ class Killed(Exception):
 
 
 @every_preset
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+def test_a_run_killed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
     tiny, tmp_path, name, preset, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
-    config = tiny(method=name, preset=preset)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 4)
+    config = tiny(method=name, preset=preset, unlabeled=8, epochs=8, eval_every=4)
+    deaths = {3, 7, 13}  # each one step after a checkpoint, of sixteen
 
     def kill(done: int, total: int, text: str) -> None:
-        if done == 4:  # one step after the checkpoint
+        if done in deaths:
+            deaths.remove(done)
             raise Killed
 
     fit(config, out=tmp_path / "whole")
-    with pytest.raises(Killed):
-        fit(config, out=tmp_path / "killed", progress=kill)
+    while deaths:
+        with pytest.raises(Killed):
+            fit(config, out=tmp_path / "killed", resume=True, progress=kill)
     fit(config, out=tmp_path / "killed", resume=True)
     folders = [tmp_path / where / config.run_id for where in ("whole", "killed")]
     states = [torch.load(f / "last.pt", weights_only=True) for f in folders]
-    assert states[0]["step"] == states[1]["step"] == 6
+    assert states[0]["step"] == states[1]["step"] == 16
     for part in ("method", "minimizer", "best", "last", "sums"):
         assert equal(states[0][part], states[1][part]), part
     assert len(states[0]["method"]) > 10
     lines = [(f / "metrics.jsonl").read_bytes() for f in folders]
-    assert lines[0] == lines[1] and lines[0].count(b'"train"') == 3
+    assert lines[0] == lines[1] and lines[0].count(b'"train"') == 4
 
 
 @every_preset
@@ -169,6 +179,51 @@ def test_an_all_ignored_label_gives_no_nan(world):
     assert losses["sup"] == 0
     assert all(torch.isfinite(v) for v in losses.values())
     assert all(torch.isfinite(v).all() for v in world.method.state_dict().values())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at whatever makes Python wait for a device to tell it a value."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0].rstrip("_")
+        if name in (wait.rstrip("_") for wait in self.WAITS) or name.startswith("_unique"):
+            raise AssertionError(f"{func} waits for the device")
+        if name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for arg in args[1:]
+            if isinstance(arg, list | tuple)
+            for i in arg
+        ):
+            raise AssertionError(f"{func} with a boolean index waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@every_preset
+def test_a_step_never_waits_for_the_device(world, monkeypatch):
+    def minimize(loss, *nets):
+        parameters = [p for net in nets for p in net.parameters()]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for p, g in zip(parameters, grads, strict=True):
+                p.sub_(0 if g is None else 0.01 * g)
+        return True
+
+    def forbidden(*arguments):
+        raise AssertionError("a tensor is handed to Python")
+
+    batches = [world.batch(i) for i in range(EPOCHS)]
+    with monkeypatch.context() as patched:
+        for way in ("numpy", "tolist", "__array__"):
+            patched.setattr(torch.Tensor, way, forbidden)
+        for i, batch in enumerate(batches):
+            with NoWaiting():
+                world.method.step(batch, Clock(i, 1, EPOCHS), minimize)
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        float(torch.ones(1).sum())
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        torch.ones(3)[torch.ones(3) > 0]
 
 
 @every_preset
@@ -196,6 +251,27 @@ def test_no_confident_pixel_means_no_unlabeled_loss(tiny, name, preset):
     assert torch.isfinite(losses["sup"]) and losses["sup"] > 0
 
 
+class Pixelwise(nn.Module):
+    """A SegNet that looks at one pixel at a time."""
+
+    def __init__(self, **changes):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.classifier = nn.Conv2d(4, CLASSES, 1)
+
+    def encode(self, image):
+        return (self.encoder(image),)
+
+    def fuse(self, features):
+        return self.decoder(*features)
+
+    def classify(self, fused, size):
+        return self.classifier(fused)
+
+    def forward(self, image):
+        return self.classify(self.fuse(self.encode(image)), image.shape[-2:])
+
+
 @every_preset
 def test_padding_enters_no_loss(tiny, name, preset):
     """With networks that look at one pixel at a time, what padding shows must not matter at all."""
@@ -207,7 +283,7 @@ def test_padding_enters_no_loss(tiny, name, preset):
     for value in (0.0, 1e4):
         torch.manual_seed(0)
         world = World.__new__(World)
-        world.method = kind(lambda: nn.Conv2d(3, CLASSES, 1), **kind.presets[preset]).train()
+        world.method = kind(Pixelwise, **kind.presets[preset]).train()
         world.minimizer = Minimizer(world.method, config, CPU)
         batch = world.batch()
         valid = batch.valid.clone()
@@ -218,10 +294,12 @@ def test_padding_enters_no_loss(tiny, name, preset):
             image=batch.image.masked_fill(padding, value),
             label=torch.where(valid, batch.label, IGNORE),
             weak=batch.weak.masked_fill(padding, value),
+            image_strong=world.method.labeled_strong
+            and batch.image_strong.masked_fill(padding, value),
             strong=tuple(x.masked_fill(padding, value) for x in batch.strong),
             valid=valid,
         )
-        losses = [world.step(batch, step) for step in (3, 4)]  # the ramp-up has begun
+        losses = [world.step(batch, step) for step in range(EPOCHS)]
         results.append((losses, world.method.state_dict()))
     assert equal(*results)
     assert all(torch.isfinite(v) for losses in results[0][0] for v in losses.values())
