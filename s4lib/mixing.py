@@ -1,4 +1,22 @@
-"""Mixing as a value: draw it once, then apply it to images, labels, confidences alike."""
+"""Mixing as a value: draw it once, then apply it to images, labels, confidences alike.
+
+Published CutMix is many algorithms. They differ in how boxes are drawn and in what they show:
+
+| function | from | pasted share of an image |
+|---|---|---|
+| `cutmix` | French et al. (2020) | exactly `area` |
+| `cutmix_half` | U2PL, GTA-Seg | a half, or nothing in the whole batch |
+| `cutmix_beta` | PS-MT, Dual Teacher | one draw for the batch, cut off at the border |
+| `cutmix_xor` | CPS | three boxes that cancel where they overlap: about a quarter |
+| `cutmix_small` | UniMatch | up to 0.4, or nothing |
+| `classmix` | Olsson et al. (2021) | half of the classes that are seen |
+
+Arguments they share: `like` is any tensor (B, ..., H, W) that gives batch, size and device; `area`
+bounds a box's share of the image, drawn uniformly. `partner` is the next image of the batch unless
+said otherwise; alone in its batch, an image shows itself. Every draw comes from torch's CPU
+generator, which the trainer seeds by (seed, step, rank), so that all devices draw alike; nothing
+waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +25,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Beta
+
+from .config import one_of
+from .losses import IGNORE
 
 
 @dataclass(frozen=True)
@@ -24,31 +46,139 @@ class Mix:
         return torch.where(mask, x[self.partner], x)
 
 
+def paint(top: Tensor, left: Tensor, height: Tensor, width: Tensor, like: Tensor) -> Tensor:
+    """Masks (..., H, W) bool, True inside boxes (...) in pixels; what sticks out is cut off."""
+    y = torch.arange(like.shape[-2], device=like.device)[:, None]
+    x = torch.arange(like.shape[-1], device=like.device)
+    top, left, bottom, right = (v[..., None, None] for v in (top, left, top + height, left + width))
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
 def cutmix(
-    like: Tensor, area: tuple[float, float] = (0.5, 0.5), aspect: tuple[float, float] | None = None
+    like: Tensor,
+    area: tuple[float, float] = (0.5, 0.5),
+    aspect: tuple[float, float] | None = None,
+    boxes: int = 1,
 ) -> Mix:
-    """One box per image, pasted from the next image of the batch (from itself if it is alone).
+    """Boxes of a given area at a uniform place inside the image.
 
     Args:
-        like: any tensor (B, ..., H, W); gives batch, size and device.
-        area: the box's share of the image is drawn uniformly between these.
         aspect: bounds of height / width as shares of the image, drawn log-uniformly. None draws
             the height as French et al. (2020) do: log-uniform between `area` and 1.
-
-    The draws come from torch's CPU generator, which the trainer seeds by (seed, step, rank).
+        boxes: how many per image, each shrunk to its part of the area it drew; where an even
+            number of them overlaps the image shows itself.
     """
     b, (h, w) = len(like), like.shape[-2:]
-    u = torch.rand(b, 4)
-    share = area[0] + u[:, 0] * (area[1] - area[0])
+    u = _move(torch.rand(b, boxes, 4), like)
+    share = area[0] + u[..., 0] * (area[1] - area[0])
     if aspect is None:
-        high = share ** u[:, 1]
+        high = share ** u[..., 1]
     else:
         low, top = map(math.log, aspect)
-        high = (share * (low + u[:, 1] * (top - low)).exp()).sqrt().clamp(max=1)
-    height = (high * h).round()
-    width = (share / high * w).round().clamp(max=w)
-    top, left = (u[:, 2] * (h - height + 1)).floor(), (u[:, 3] * (w - width + 1)).floor()
-    y, x = torch.arange(h)[:, None], torch.arange(w)
-    top, bottom, left, right = (v[:, None, None] for v in (top, top + height, left, left + width))
-    mask = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    return Mix(mask.to(like.device), torch.arange(b, device=like.device).roll(-1))
+        high = (share * (low + u[..., 1] * (top - low)).exp()).sqrt().clamp(max=1)
+    shrink = boxes**-0.5
+    height = (high * shrink * h).round()
+    width = (share / high * shrink * w).round().clamp(max=w)
+    return Mix(_inside(height, width, u[..., 2:], like).sum(1) % 2 == 1, _next(like))
+
+
+def cutmix_xor(like: Tensor, area: tuple[float, float] = (0.25, 0.5), boxes: int = 3) -> Mix:
+    """CPS with CutMix (Chen et al., 2021; TorchSemiSeg@5e0c29c mask_gen.py, BoxMaskGenerator)."""
+    return cutmix(like, area, boxes=boxes)
+
+
+def cutmix_half(like: Tensor, p: float = 0.5) -> Mix:
+    """U2PL and GTA-Seg: with probability `p` all images are mixed, by a box of half their area.
+
+    The box is wider than half the image and less wide than all of it (U2PL@ab3d2be and
+    GTA-Seg@534f10f, generate_unsup_data).
+    """
+    b, (h, w) = len(like), like.shape[-2:]
+    u = _move(torch.rand(b, 3), like)
+    least = w // 2 + 1
+    width = least + (u[:, 0] * (w - least)).floor()
+    height = (h * w / 2 / width).round()
+    mixed = _move(torch.rand(1), like) < p
+    return Mix(_inside(height, width, u[:, 1:], like) & mixed, _next(like))
+
+
+def cutmix_beta(like: Tensor, a: float = 4.0) -> Mix:
+    """PS-MT (VOC) and Dual Teacher: sides of sqrt(1 - s), s ~ Beta(a, a) once for the batch.
+
+    A box's centre lies anywhere but in the first eighth of a side, and the box is cut off at the
+    border; partners are a random permutation (PS-MT@058cdc3 rand_bbox_1, cut_mix;
+    dual-teacher@868e6e79 cut_mixer).
+    """
+    b, (h, w) = len(like), like.shape[-2:]
+    side = (1 - _move(Beta(a, a).sample(), like)).sqrt()
+    u = _move(torch.rand(b, 2), like)
+    up, back = (side * h / 2).floor(), (side * w / 2).floor()
+    y = h // 8 + (u[:, 0] * (h - h // 8)).floor()
+    x = w // 8 + (u[:, 1] * (w - w // 8)).floor()
+    mask = paint(y - up, x - back, 2 * up, 2 * back, like)
+    return Mix(mask, _move(torch.randperm(b), like))
+
+
+def cutmix_small(
+    like: Tensor,
+    p: float = 0.5,
+    area: tuple[float, float] = (0.02, 0.4),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Mix:
+    """UniMatch: each image is mixed with probability `p` (UniMatch@0324f3dd obtain_cutmix_box).
+
+    `aspect` bounds height / width, drawn uniformly. A box keeps its area and is drawn again until
+    it lies inside the image, which favours squares; here at most 64 times, and one that still
+    sticks out is cut off.
+    """
+    b, (h, w) = len(like), like.shape[-2:]
+    u, each = _move(torch.rand(b, 64, 3), like), _move(torch.rand(b, 2), like)
+    size = (area[0] + each[:, 1:] * (area[1] - area[0])) * h * w
+    ratio = aspect[0] + u[..., 0] * (aspect[1] - aspect[0])
+    height, width = (size * ratio).sqrt().floor(), (size / ratio).sqrt().floor()
+    top, left = (u[..., 1] * h).floor(), (u[..., 2] * w).floor()
+    fits = (top + height <= h) & (left + width <= w)
+    first = fits.int().argmax(1, keepdim=True)
+    box = (v.gather(1, first)[:, 0] for v in (top, left, height, width))
+    return Mix(paint(*box, like) & (each[:, :1, None] < p), _next(like))
+
+
+def classmix(label: Tensor, partner: str = "next") -> Mix:
+    """ClassMix: image i keeps half of the classes in its (pseudo-)label, rounded down.
+
+    The rest of it shows the partner: all of an image with a single class, and always its IGNORE
+    pixels, which are no class (ClassMix@aa852919, U2PL@ab3d2be, dual-teacher@868e6e79).
+
+    Args:
+        label: (B, H, W) int64, classes below 256.
+        partner: "next" image of the batch, or "random", a permutation (Dual Teacher).
+
+    Raises:
+        ValueError: unknown `partner`.
+    """
+    one_of("partner", partner, "next", "random")
+    flat = label.flatten(1)
+    present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
+    present = present.scatter_(1, flat, True)
+    present[:, IGNORE] = False
+    u = _move(torch.rand(len(label), 256), label)
+    rank = u.masked_fill(~present, 2).argsort(1).argsort(1)  # those present come first
+    kept = rank < present.sum(1, keepdim=True) // 2
+    mask = ~kept.gather(1, flat).view_as(label)
+    random = partner == "random"
+    return Mix(mask, _move(torch.randperm(len(label)), label) if random else _next(label))
+
+
+def _move(draw: Tensor, like: Tensor) -> Tensor:
+    return draw.to(like.device, non_blocking=True)
+
+
+def _next(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device).roll(-1)
+
+
+def _inside(height: Tensor, width: Tensor, u: Tensor, like: Tensor) -> Tensor:
+    """Masks of boxes inside the image, each whole-pixel place equally likely; u (..., 2)."""
+    h, w = like.shape[-2:]
+    top, left = (u[..., 0] * (h - height + 1)).floor(), (u[..., 1] * (w - width + 1)).floor()
+    return paint(top, left, height, width, like)
