@@ -21,13 +21,32 @@ def linear_warmup(clock: Clock, share: float) -> float:
 
 
 def ramp_up(clock: Clock, share: float) -> float:
-    """Weight factor exp(-5 (1 - t)^2), t running from 0 to 1 over the first `share` of the steps.
+    """`gaussian` over the first `share` of the training, as in Mean Teacher; 0 switches it off."""
+    return gaussian(clock.progress / share) if share > 0 else 1.0
 
-    The Gaussian ramp-up of Laine and Aila (2017), used by Mean Teacher. `share` 0 switches it off.
+
+def gaussian(x: float, k: float = 5.0) -> float:
+    """Weight factor exp(-k (1 - x)^2), which reaches 1 at x = 1 and stays there.
+
+    `x` is the part of the rise that lies behind, in steps or in epochs; below 0 it counts as 0.
+    Laine and Aila (2017), k = 5; released codes call it a sigmoid. PS-MT's supplementary shows it,
+    and GPS's exp(-1 - x)^2, which falls, is most likely a misprint of it with k = 1.
     """
-    if share <= 0:
-        return 1.0
-    return math.exp(-5 * (1 - min(1.0, clock.progress / share)) ** 2)
+    return math.exp(-k * (1 - min(max(x, 0.0), 1.0)) ** 2)
+
+
+def cosine(x: float) -> float:
+    """Weight factor (1 - cos(pi x)) / 2, from 0 to 1; `x` as in `gaussian`.
+
+    What PS-MT's code runs (PS-MT@058cdc3, ConsistencyWeight) where its supplementary shows the
+    Gaussian.
+    """
+    return (1 - math.cos(math.pi * min(max(x, 0.0), 1.0))) / 2
+
+
+def gps_printed(x: float) -> float:
+    """Weight factor exp(-1 - x)^2, GPS's Algorithm 1, line 4, to the letter: it falls."""
+    return math.exp(-1 - x) ** 2
 
 
 def warm_decay(decay: float, step: int) -> float:
