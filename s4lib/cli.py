@@ -166,20 +166,33 @@ def evaluate_run(arguments: list[str]) -> int:
     parser.add_argument(
         "--data_root", default="", help="where the dataset lies now, if it has moved"
     )
+    parser.add_argument(
+        "--evaluation", default="", help="rule other than the run's own (whole, u2pl-centre, ...)"
+    )
+    parser.add_argument("--eval_args", type=dict, default={}, help="changes to that rule, as JSON")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     from . import trained
     from .data import open_dataset
-    from .evaluate import confusion_matrices, evaluated, scores
+    from .evaluate import count, evaluated, evaluation, scores
+    from .metrics import bootstrap
 
     run = trained.load(options.run, options.checkpoint, options.device)
     root = options.data_root or run.config.data_root
     images = open_dataset(run.config.dataset, options.part, root=root, size=run.config.size or None)
-    matrices = confusion_matrices(
-        evaluated(run.method), images, range(len(images)), run.normalise, run.device
+    rule = options.evaluation or run.config.evaluation
+    how = evaluation(rule, options.eval_args if options.evaluation else run.config.eval_args)
+    counts = count(
+        evaluated(run.method),
+        images,
+        range(len(images)),
+        run.normalise,
+        run.device,
+        how,
+        thorough=True,
     )
-    results = scores(matrices)
-    width = max(map(len, images.classes))
+    results = scores(counts, how.absent)
+    width = max(map(len, (*images.classes, "boundary mIoU")))
     print(" " * width, *(f"{name:>10}" for name in results))
     for i, name in enumerate(images.classes):
         print(
@@ -189,7 +202,16 @@ def evaluate_run(arguments: list[str]) -> int:
                 for r in results.values()
             ),
         )
-    print(f"{'mIoU':{width}}", *(f"{r['miou']:10.2f}" for r in results.values()))
+    intervals = [bootstrap(c.confusion, absent=how.absent) for c in counts.values()]
+    rows = {
+        "mIoU": [f"{r['miou']:.2f}" for r in results.values()],
+        "95 % from": [f"{low:.2f}" for low, _ in intervals],
+        "95 % to": [f"{high:.2f}" for _, high in intervals],
+        "boundary mIoU": [f"{r['boundary_miou']:.2f}" for r in results.values()],
+        "ECE": [f"{r['ece']:.4f}" for r in results.values()],
+    }
+    for name, cells in rows.items():
+        print(f"{name:{width}}", *(f"{cell:>10}" for cell in cells))
     return 0
 
 

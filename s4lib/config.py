@@ -28,6 +28,8 @@ class Config:
         draw: which of the fixed label draws.
         unlabeled: use only this many of the other images; 0 uses all.
         eval_images: evaluate on only this many images; 0 on all.
+        evaluation: rule by which images are predicted and scored (s4lib.evaluate.EVALUATIONS).
+        eval_args: changes to that rule, for instance {"crop": [321, 321]}.
         eval_part: part of the dataset that is evaluated during training.
         net: network by name (s4lib.nets.NETS).
         net_args: changes to that network's arguments, for instance {"encoder": "resnet50"}.
@@ -72,6 +74,8 @@ class Config:
     draw: int = 0
     unlabeled: int = 0
     eval_images: int = 0
+    evaluation: str = "whole"
+    eval_args: dict = field(default_factory=dict)
     eval_part: typing.Literal["val", "test"] = "val"
     net: str = "light"
     net_args: dict = field(default_factory=dict)

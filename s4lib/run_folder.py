@@ -127,6 +127,10 @@ class RunFolder:
     def save_best(self, weights: dict) -> None:
         write_atomically(self.best, lambda f: torch.save(weights, f))
 
+    def save_counts(self, counts: dict) -> None:
+        """Confusion matrices per image of the last evaluation, for bootstraps and paired tests."""
+        write_atomically(self.path / "counts.pt", lambda f: torch.save(counts, f))
+
     def load(self) -> dict:
         """State of last.pt; metrics.jsonl is cut back to where that checkpoint was written.
 

@@ -12,6 +12,7 @@ differ in the last bit).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -25,7 +26,7 @@ from .build import build_method, method_source, network_of, open_data
 from .config import Config
 from .data.loader import Loader
 from .data.views import Views
-from .evaluate import confusion_matrices, evaluated, normaliser, scores
+from .evaluate import count, evaluated, evaluation, normaliser, scores
 from .interrupts import Interrupted, stop_requests
 from .method import Clock
 from .minimizer import Minimizer
@@ -87,6 +88,7 @@ class Run:
     def __init__(self, config: Config, folder: RunFolder, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.main = distributed.rank() == 0
+        self.evaluation = evaluation(config.evaluation, config.eval_args)
         images, self.split, self.held_out, self.held_out_indices = open_data(config)
         height, width = images[0][0].shape[1:]
         views = Views(
@@ -193,19 +195,25 @@ class Run:
 
     def _evaluate(self, step: int, epoch: int, board) -> str:
         """Evaluate every network, keep the best deployed weights; returns a line of text."""
-        matrices = confusion_matrices(
+        counts = count(
             evaluated(self.method),
             self.held_out,
             self.held_out_indices,
             self.normalise,
             self.device,
+            self.evaluation,
         )
-        self.last = {name: {**score, "epoch": epoch} for name, score in scores(matrices).items()}
+        found = scores(counts, self.evaluation.absent)
+        self.last = {name: {**score, "epoch": epoch} for name, score in found.items()}
         for name, score in self.last.items():
             if name not in self.best or score["miou"] > self.best[name]["miou"]:
                 self.best[name] = score
                 if name == self.method.deployed and self.main:
                     self.folder.save_best(self.method.state_dict())
+        if self.main:
+            per_image = {name: counts[name].confusion.int().cpu() for name in counts}
+            ids = [self.held_out.ids[i] for i in self.held_out_indices]
+            self.folder.save_counts({"ids": ids, "epoch": epoch, "confusion": per_image})
         mious = {name: score["miou"] for name, score in self.last.items()}
         if self.main:
             self.folder.log(
@@ -280,7 +288,8 @@ class Run:
             "evaluation": {
                 "part": config.eval_part,
                 "images": len(self.held_out_indices),
-                "mode": "whole image",
+                "rule": config.evaluation,
+                **dataclasses.asdict(self.evaluation),
             },
             "deployed": self.method.deployed,
             "networks": {

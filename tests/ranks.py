@@ -17,7 +17,7 @@ from s4lib import distributed, trainer
 from s4lib.config import Config
 from s4lib.data import open_dataset
 from s4lib.data.mosaic import Mosaic
-from s4lib.evaluate import confusion_matrices
+from s4lib.evaluate import count
 from s4lib.losses import IGNORE, ce, mse
 from s4lib.methods import METHODS
 from s4lib.nets import build_net
@@ -59,7 +59,7 @@ def fixed_net() -> torch.nn.Module:
 def evaluation(indices: range) -> torch.Tensor:
     images = open_dataset("mosaic", "val", size=(32, 32))
     cpu = torch.device("cpu")
-    return confusion_matrices({"net": fixed_net()}, images, indices, plain_normalise, cpu)["net"]
+    return count({"net": fixed_net()}, images, indices, plain_normalise, cpu)["net"].confusion
 
 
 def void_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

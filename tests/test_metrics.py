@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from s4lib.evaluate import confusion_matrices, normaliser, scores
+from s4lib.evaluate import Counts, count, normaliser, scores
 from s4lib.losses import IGNORE
 from s4lib.metrics import confusion, iou, miou
 
@@ -90,16 +90,18 @@ def test_evaluation_takes_images_of_different_sizes_and_puts_modes_back():
     )
     nets = {"zero": Constant(0).train(), "one": Constant(1).eval()}
     apply = normaliser((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
-    found = confusion_matrices(nets, images, range(5), apply, torch.device("cpu"))
-    assert found["zero"].tolist() == [[24, 0, 0], [16, 0, 0], [40, 0, 0]]
-    assert found["one"].tolist() == [[0, 24, 0], [0, 16, 0], [0, 40, 0]]
+    found = count(nets, images, range(5), apply, torch.device("cpu"))
+    assert found["zero"].confusion.shape == (5, 3, 3)
+    assert found["zero"].confusion[2].tolist() == [[0, 0, 0], [16, 0, 0], [0, 0, 0]]
+    assert found["zero"].confusion.sum(0).tolist() == [[24, 0, 0], [16, 0, 0], [40, 0, 0]]
+    assert found["one"].confusion.sum(0).tolist() == [[0, 24, 0], [0, 16, 0], [0, 40, 0]]
     assert nets["zero"].training and not nets["one"].training
     result = scores(found)
     assert result["zero"] == {"miou": 10.0, "iou": [30.0, 0.0, 0.0]}
 
 
 def test_an_absent_class_is_null_in_scores():
-    assert scores({"net": torch.diag(torch.tensor([1, 0]))})["net"] == {
+    assert scores({"net": Counts(torch.diag(torch.tensor([1, 0]))[None])})["net"] == {
         "miou": 100.0,
         "iou": [100.0, None],
     }
