@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from s4lib.method import Clock, ema, frozen_copy, joint
-from s4lib.schedules import linear_warmup, poly, ramp_up, warm_decay
+from s4lib.schedules import (
+    cosine,
+    gaussian,
+    gps_printed,
+    linear_warmup,
+    poly,
+    ramp_up,
+    warm_decay,
+)
 
 
 def test_the_clock_counts_epochs_and_progress():
@@ -35,6 +43,25 @@ def test_ramp_up_is_gaussian_and_ends_at_its_share():
     assert at(0, 0) == 1
     values = [at(step, 0.8) for step in range(100)]
     assert values == sorted(values)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "values"),
+    [
+        (cosine, (0, 0.14645, 0.5, 0.85355, 1)),
+        (gaussian, (0.00674, 0.06005, 0.28650, 0.73162, 1)),
+        (lambda x: gaussian(x, k=1), (0.36788, 0.56978, 0.77880, 0.93941, 1)),
+        (gps_printed, (0.13534, 0.08208, 0.04979, 0.03020, 0.01832)),
+    ],
+)
+def test_ramps_have_the_values_of_their_formulas(ramp, values):
+    assert [ramp(x) for x in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(values, abs=1e-5)
+
+
+@pytest.mark.parametrize("ramp", [cosine, gaussian])
+def test_ramps_are_flat_outside_their_rise(ramp):
+    assert ramp(-3) == ramp(0) < ramp(1e-3)
+    assert ramp(1 - 1e-3) < ramp(1) == ramp(7) == 1
 
 
 def test_warm_decay_begins_at_zero_and_stops_at_decay():
