@@ -57,9 +57,10 @@ def test_aspects_stay_between_their_bounds():
         assert 0.47 < height / width < 2.13
 
 
-def test_boxes_reach_every_corner():
-    seen = cutmix(torch.zeros(500, 1, 16, 16), (0.25, 0.25)).mask.any(0)
-    assert seen.all()
+@pytest.mark.parametrize("draw", [cutmix, cutmix_half, cutmix_beta, cutmix_xor, cutmix_small])
+def test_boxes_reach_every_corner(draw):
+    seen = [draw(torch.zeros(100, 1, 16, 16)).mask.any(0) for _ in range(20)]
+    assert torch.stack(seen).any(0).all()
 
 
 def test_the_box_shows_the_next_image_and_the_rest_itself():
@@ -254,6 +255,7 @@ def test_classmix_takes_the_next_or_a_random_partner():
         (lambda x: cutmix(x, (0.5, 0.4)), "area=.0.5, 0.4.: .*lower <= upper <= 1"),
         (lambda x: cutmix_xor(x, (0.0, 0.4)), "area=.0.0, 0.4.: .*0 < lower"),
         (lambda x: cutmix(x, (0.5, 0.5), (-1.0, 2.0)), "aspect=.-1.0, 2.0.: .*0 < lower"),
+        (lambda x: cutmix_small(x, aspect=(3.0, 2.0)), "aspect=.3.0, 2.0.: .*lower <= upper"),
         (lambda x: cutmix_small(x, area=(0.1, 1.2)), "area=.0.1, 1.2.: .*upper <= 1"),
         (lambda x: cutmix_beta(x, 0), "a=0: .*above 0"),
         (lambda x: classmix(x, "last"), "partner=.last.: .*next.*random"),
