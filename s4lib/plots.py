@@ -151,6 +151,20 @@ def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)
     return figure
 
 
+def intervals(rows: Mapping[str, tuple[float, float, float]], *, xlabel: str) -> Figure:
+    """A dot with its interval per name, top to bottom: {name: (low, value, high)}."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.27 * len(rows)))
+    at = range(len(rows), 0, -1)
+    low, value, high = np.array(list(rows.values())).T
+    axis.hlines(at, low, high, color="#8888", linewidth=3)
+    axis.plot(value, at, "o", color=color_of("supervised"), markersize=5)
+    axis.axvline(0, color="#8888", linestyle="--", linewidth=1)
+    axis.set_yticks(at, list(rows))
+    axis.set(xlabel=xlabel)
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
 def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> Figure:
     """IoU of every class, one group of bars per class: {method: [% per class]}."""
     figure, axis = plt.subplots(figsize=(7.2, 3.2))

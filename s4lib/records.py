@@ -10,7 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -50,10 +50,9 @@ def load(*places: str | Path) -> list[dict]:
 
 def like(records: Iterable[dict], config: Config) -> list[dict]:
     """The records whose config differs from `config` in draw and seed only; of equals, the last."""
-    free = ("draw", "seed", "data_root", "device", "tensorboard")
-    fixed = lambda values: {k: v for k, v in values.items() if k not in free}  # noqa: E731
-    wanted = fixed(config.to_dict())
-    found = {r["run_id"]: r for r in records if fixed(r["config"]) == wanted}
+    setting = lambda c: replace(c, draw=0, seed=0).hash  # noqa: E731
+    wanted = setting(config)
+    found = {r["run_id"]: r for r in records if setting(Config.from_dict(r["config"])) == wanted}
     return sorted(found.values(), key=lambda r: (r["config"]["draw"], r["config"]["seed"]))
 
 
