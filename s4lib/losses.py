@@ -50,6 +50,12 @@ def ce(
     return _mean(loss if weight is None else loss * weight, counted[over])
 
 
+def soft_ce(logits: Tensor, probs: Tensor, *, keep: Tensor) -> Tensor:
+    """Cross-entropy with `probs` (B, K, H, W) in place of a label, mean over `keep` (B, H, W)."""
+    loss = -(probs.float() * logits.float().log_softmax(1)).sum(1)
+    return _mean(torch.where(keep, loss, 0), keep)
+
+
 def ohem(logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 100_000) -> Tensor:
     """Cross-entropy over hard pixels: those whose true class has at most `threshold` probability,
     and in any case the `min_kept` hardest of this process (online hard example mining).

@@ -46,6 +46,13 @@ class Clock:
         """Share of the training that lies behind, in [0, 1)."""
         return self.step / self.steps
 
+    def phase(self, first: int) -> Clock:
+        """The clock of a part of the training: of its `first` epochs, or after them of the rest."""
+        if self.epoch < first:
+            return Clock(self.step, self.steps_per_epoch, first)
+        done = first * self.steps_per_epoch
+        return Clock(self.step - done, self.steps_per_epoch, self.epochs - first)
+
 
 # minimize(loss, *nets): one optimizer update of exactly these networks. Returns False while
 # gradients are still being accumulated, so that what follows an update (EMA) happens once per

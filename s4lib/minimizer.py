@@ -30,7 +30,8 @@ class Minimizer:
     def _optimizer(self, net: nn.Module, config: Config) -> torch.optim.Optimizer:
         parts: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in net.named_parameters():
-            factor = config.encoder_lr if name.startswith("encoder.") else 1.0
+            inside = name.split(".")[:2]  # "encoder.stem...", or "0.encoder.stem..." in a list
+            factor = config.encoder_lr if "encoder" in inside else 1.0
             decay = config.weight_decay if config.decay_all or p.ndim > 1 else 0.0
             parts.setdefault((factor, decay), []).append(p)
         groups = [

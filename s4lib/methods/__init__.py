@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..method import Method
 from .cutmix_seg import CutMixSeg
+from .gps import GPS
 from .mean_teacher import MeanTeacher
 from .pseudo_label import PseudoLabel
 from .supervised import Supervised
@@ -13,4 +14,5 @@ METHODS: dict[str, type[Method]] = {
     "pseudo_label": PseudoLabel,
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
+    "gps": GPS,
 }
