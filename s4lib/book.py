@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from s4lib.config import PROFILES
 from s4lib.headless import Job, explain, interruptible, run, say
+from s4lib.protocols import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 # These run the book but decide nothing that a page shows.

@@ -4,7 +4,11 @@
   s4 eval RUN --part test                               evaluate a trained run's networks
   s4 predict RUN photo.jpg folder/ --out maps           class maps of any images
   s4 methods [NAME]                                     the methods; one method's settings
+  s4 protocols [NAME]                                   the protocols; one's values
+  s4 data check ROOT                                    would training work on this folder?
+  s4 data splits --dataset voc                          published splits: list, import, draw
   s4 records runs --out book/records/mine.jsonl         collect records in one file
+  s4 bench data --dataset camvid --data_root DIR        images a second that one core prepares
   s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
 
 `s4 COMMAND --help` explains each. Bad input is one line on standard error and exit code 2.
@@ -23,7 +27,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from .config import PROFILES, PROTOCOLS, Config, profile_protocol
+from .config import Config
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -47,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         "eval": evaluate_run,
         "predict": predict,
         "methods": methods,
+        "protocols": protocols,
+        "data": data,
         "records": collect_records,
+        "bench": bench,
         "book": book,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -81,6 +88,8 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
 
     The protocol gives the defaults; a YAML file changes them; flags change both.
     """
+    from .protocols import PROFILES, profile_protocol, settings
+
     parser = _parser(
         "train", "Train one run. Protocol first, then --config files, then flags decide each value."
     )
@@ -111,9 +120,7 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
     parser.set_defaults(protocol="")
     first = parser.parse_args(arguments)
     name = first.protocol or profile_protocol(first.profile, first.dataset)
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}")
-    parser.set_defaults({"protocol": name, **PROTOCOLS[name]})
+    parser.set_defaults({"protocol": name, **settings(name)})
     values = parser.parse_args(arguments).as_dict()
     options = {
         key: values.pop(key) for key in ("config", "profile", "out", "resume", "restart", "gpus")
@@ -262,6 +269,26 @@ def methods(arguments: list[str]) -> int:
     return 0
 
 
+def protocols(arguments: list[str]) -> int:
+    parser = _parser("protocols", "List the protocols, or what one of them sets.")
+    parser.add_argument("name", nargs="?", default=None)
+    options = parser.parse_args(arguments)
+    from .protocols import PROTOCOLS, settings
+
+    if options.name is None:
+        print("\n".join(PROTOCOLS))
+        return 0
+    for key, value in settings(options.name).items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    from .data.commands import main
+
+    return main(arguments)
+
+
 def collect_records(arguments: list[str]) -> int:
     parser = _parser("records", "Collect records of finished runs in one file, a line each.")
     parser.add_argument("places", nargs="+", help="folders of runs, or .jsonl files")
@@ -276,6 +303,38 @@ def collect_records(arguments: list[str]) -> int:
     text = "".join(f"{json.dumps(record)}\n" for record in found)
     write_atomically(Path(options.out), lambda file: file.write(text.encode()))
     print(f"{len(found)} records in {options.out}")
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    parser = _parser("bench", "Measure how many training images a second one core prepares.")
+    parser.add_argument("what", choices=["data"])
+    for name in ("dataset", "data_root", "augment", "outside"):
+        parser.add_argument(f"--{name}", default=getattr(Config, name))
+    for name, kind in (("size", int), ("crop", int), ("scale", float)):
+        parser.add_argument(f"--{name}", type=kind, nargs=2, default=list(getattr(Config, name)))
+    for name in ("batch", "resize_base"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    parser.add_argument("--strong_views", type=int, default=1)
+    parser.add_argument("--images", type=int, default=64, help="how many are prepared")
+    options = parser.parse_args(arguments).as_dict()
+    from .bench import bench_data
+
+    count, strong_views = options.pop("images"), options.pop("strong_views")
+    options.pop("what")
+    config = Config.from_dict(options)
+    times = bench_data(config, count, strong_views)
+    crop = "{} x {}".format(*(config.crop or (round(times.height), round(times.width))))
+    print(
+        f"{config.dataset}, {times.height:.0f} x {times.width:.0f} pixels, to {config.augment} "
+        f"views of {crop}, {strong_views} strong: {count / times.seconds:.1f} images/s per core"
+    )
+    for name, seconds in (
+        ("decode", times.decode),
+        ("resize and crop", times.weak),
+        ("colour", times.strong),
+    ):
+        print(f"{name:16}{100 * seconds / times.seconds:4.0f} %{1e3 * seconds / count:9.2f} ms")
     return 0
 
 

@@ -6,11 +6,12 @@ up to four points of mIoU; `EVALUATIONS` names their rules.
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 
 import torch
@@ -66,6 +67,10 @@ class Evaluation:
             raise ValueError(f"scales={list(self.scales)}: give positive numbers")
         if self.multiple < 1 or self.stride < 0:
             raise ValueError("multiple must be 1 or more and stride 0 or more")
+
+    def to_dict(self) -> dict:
+        """As JSON has it, with lists for tuples."""
+        return json.loads(json.dumps(asdict(self)))
 
     def strides(self) -> tuple[int, ...]:
         return tuple(self.stride or math.ceil(2 * c / 3) for c in self.crop)
@@ -219,6 +224,7 @@ def count(
     Process r takes every world-th image from the r-th on, so that each image counts exactly once.
     `thorough` also measures boundaries and calibration.
     """
+    images.require_annotations(indices)
     how, classes, n = how or Evaluation(), len(images.classes), len(indices)
     modes = {name: net.training for name, net in networks.items()}
     found = {

@@ -24,7 +24,12 @@ from .trainer import fit
 
 
 def run(
-    configs: Sequence[Config], *, gpus: int = 0, out: str | Path = "", title: str = "runs"
+    configs: Sequence[Config],
+    *,
+    gpus: int = 0,
+    out: str | Path = "",
+    title: str = "runs",
+    weights: bool = True,
 ) -> list[dict]:
     """Records of `configs`, in their order.
 
@@ -34,6 +39,8 @@ def run(
     Args:
         gpus: processes that torchrun starts for each run; 0 trains in this process.
         out: folder of all runs; by default the checkout's `runs`.
+        weights: whether the trained weights will be looked at. If not, a record in `book/records`
+            will do, as long as it is not stale.
 
     Raises:
         ValueError: bad config, named before anything is trained.
@@ -43,6 +50,7 @@ def run(
     for config in configs:
         build_method(config, len(open_data(config)[0].classes))
     bar = Progress(title, 100 * len(configs))
+    known = {} if weights else {r["run_id"]: r for r in records.load(records.COMMITTED)}
     found: dict[int, dict] = {}
     queue = list(enumerate(configs))
     busy = 0  # runs in a row that another process, perhaps another notebook, was training
@@ -54,7 +62,9 @@ def run(
             bar.update(100 * len(found) + round(100 * done / total), name)
 
         try:
-            found[number] = _finish(config, out, gpus, wait=busy > len(queue), show=show)
+            wait = busy > len(queue)
+            committed = known.get(config.run_id)
+            found[number] = _finish(config, out, gpus, wait, committed, show)
             busy = 0
         except Busy:
             queue.append((number, config))  # take another one meanwhile
@@ -77,13 +87,18 @@ def run(
 
 
 def _finish(
-    config: Config, out: Path, gpus: int, wait: bool, show: Callable[[int, int, str], None]
+    config: Config,
+    out: Path,
+    gpus: int,
+    wait: bool,
+    committed: dict | None,
+    show: Callable[[int, int, str], None],
 ) -> dict:
-    """The record of one run, trained if there is none that its method's present file has made."""
+    """The record of one run, trained if there is none that the present code has made."""
     record = RunFolder(out, config).record()
-    fresh = record is not None and not records.stale(record)
-    if fresh:
-        return record
+    for known in (record, committed):
+        if known is not None and not records.stale(known):
+            return known
     outdated = record is not None
     if gpus:
         _launch(config, out, gpus, outdated, show)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from s4lib.config import Config, protocol
+from s4lib.config import Config
 from s4lib.data.camvid import CamVid
 from s4lib.data.mosaic import Mosaic
+from s4lib.protocols import protocol
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

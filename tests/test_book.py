@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from s4lib import book
-from s4lib.config import PROFILES
 from s4lib.headless import clock
+from s4lib.protocols import PROFILES
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,10 @@ from conftest import TINY
 from PIL import Image
 
 from s4lib.cli import main, train_config
-from s4lib.config import Config, protocol
+from s4lib.config import Config
 from s4lib.data.mosaic import Mosaic
 from s4lib.methods import METHODS
+from s4lib.protocols import protocol
 
 
 @pytest.fixture
@@ -37,7 +38,8 @@ def test_train_prints_its_scores_and_leaves_a_run(tmp_path, tiny_yaml, capsys):
     (folder,) = out.iterdir()
     assert "student" in printed and "mIoU" in printed and str(folder) in printed
     files = {path.name for path in folder.iterdir()} - {".lock"}
-    assert files == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "record.json"}
+    always = "config.json classes.json metrics.jsonl last.pt best.pt counts.pt record.json"
+    assert files == set(always.split())
     config = Config.from_dict(json.loads((folder / "config.json").read_text()))
     assert config.run_id == folder.name and config.net == "tiny"
 
@@ -131,10 +133,14 @@ def test_eval_repeats_the_records_numbers(trained_run, capsys, checkpoint, monke
     assert main(["eval", str(trained_run), "--checkpoint", checkpoint, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["student", "teacher"]
-    assert [line.split()[0] for line in lines[1:]] == [*Mosaic.classes, "mIoU"]
+    *per_class, miou, low, high, boundary, ece = lines[1:]
+    assert [line.split()[0] for line in per_class] == list(Mosaic.classes)
     wanted = record["networks"]["student"][checkpoint]
-    assert float(lines[-1].split()[1]) == pytest.approx(wanted["miou"], abs=0.006)
-    for line, value in zip(lines[1:-1], wanted["iou"], strict=True):
+    assert miou.startswith("mIoU")
+    assert float(miou.split()[1]) == pytest.approx(wanted["miou"], abs=0.006)
+    assert float(low.split()[-2]) < wanted["miou"] < float(high.split()[-2])
+    assert boundary.startswith("boundary mIoU") and 0 < float(ece.split()[1]) < 1
+    for line, value in zip(per_class, wanted["iou"], strict=True):
         shown = line.split()[1]
         assert shown == "-" if value is None else float(shown) == pytest.approx(value, abs=0.006)
 

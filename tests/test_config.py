@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from s4lib.config import PROFILES, PROTOCOLS, Config, profile_protocol, protocol
+from s4lib.config import Config
 from s4lib.data import DATASETS
 from s4lib.methods import METHODS
 from s4lib.nets import NETS
+from s4lib.protocols import OWN, PROFILES, PROTOCOLS, profile_protocol, protocol
 
 
 def test_a_config_survives_json():
@@ -49,7 +50,7 @@ def test_unknown_profiles_and_datasets_list_the_valid_ones(profile, dataset, wor
 def test_an_unknown_protocol_lists_the_valid_ones():
     with pytest.raises(ValueError, match="protocol='voc'") as error:
         protocol("voc")
-    assert all(name in str(error.value) for name in PROTOCOLS)
+    assert all(name in str(error.value) for name in OWN)
 
 
 def test_an_unknown_key_lists_the_valid_ones():

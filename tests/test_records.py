@@ -147,7 +147,7 @@ def test_a_finished_run_has_a_full_record(trained_run):
 
 
 def test_like_takes_draws_and_seeds_of_one_setting_only():
-    from s4lib.config import protocol
+    from s4lib.protocols import protocol
 
     def made(**changes):
         config = protocol("mosaic-32", **changes)
