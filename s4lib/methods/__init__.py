@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..method import Method
 from .cutmix_seg import CutMixSeg
 from .gps import GPS
+from .gta_seg import GTASeg
 from .mean_teacher import MeanTeacher
 from .pseudo_label import PseudoLabel
 from .supervised import Supervised
@@ -15,4 +16,5 @@ METHODS: dict[str, type[Method]] = {
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
     "gps": GPS,
+    "gta_seg": GTASeg,
 }
