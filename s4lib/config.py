@@ -14,6 +14,9 @@ import types
 import typing
 from dataclasses import dataclass, field, fields
 
+# Fields that change no number of a run: they may differ when it is resumed or looked up.
+NO_NUMBER = ("data_root", "device", "tensorboard", "snapshots")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -64,6 +67,7 @@ class Config:
         seed: of initial weights, data order, views and noise.
         device: auto, cpu, cuda or cuda:N.
         tensorboard: also write TensorBoard event files.
+        snapshots: epochs after which the checkpoint is kept, for figures of the training's course.
     """
 
     protocol: str = "mosaic-32"
@@ -110,6 +114,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     tensorboard: bool = False
+    snapshots: tuple[int, ...] = ()
 
     def __post_init__(self):
         for f, kind in zip(fields(self), typing.get_type_hints(type(self)).values(), strict=True):
@@ -118,6 +123,8 @@ class Config:
             value = getattr(self, name)
             if len(value) not in length or any(v <= 0 for v in value):
                 raise ValueError(f"{name}={list(value)}: give two positive numbers")
+        if any(not 1 <= epoch <= self.epochs for epoch in self.snapshots):
+            raise ValueError(f"snapshots={list(self.snapshots)}: choose from 1 to {self.epochs}")
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale={list(self.scale)}: give the lower bound first")
         for name in ("epochs", "batch", "unlabeled_batch", "accumulate", "eval_every"):
@@ -157,11 +164,7 @@ class Config:
         Fields at their default do not count, so that a new one leaves older hashes as they are.
         """
         default = type(self)().to_dict()
-        values = {
-            k: v
-            for k, v in self.to_dict().items()
-            if k not in ("data_root", "device", "tensorboard") and v != default[k]
-        }
+        values = {k: v for k, v in self.to_dict().items() if k not in NO_NUMBER and v != default[k]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     @property

@@ -4,6 +4,7 @@
                metrics.jsonl   one line per evaluation and every few steps
                last.pt         everything needed to go on exactly; best.pt the weights with the best
                mIoU record.json     the result, written when the run has ended
+               epoch-0002.pt   last.pt as it was after an epoch of config.snapshots
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config
+from .config import NO_NUMBER, Config
 from .weights import read_tensors
 
 LOCK = ".lock"  # held by the process that trains the run
@@ -53,6 +54,19 @@ def write_atomically(path: Path, write: Callable) -> None:
         if isinstance(error, RuntimeError):  # torch.save's word for a write that failed
             raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from error
         raise
+
+
+def snapshot(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:04d}.pt"
+
+
+def snapshots(folder: str | Path) -> list[int]:
+    """The epochs of which a run's folder has a snapshot. Raises ValueError if there is none."""
+    paths = Path(folder).glob("epoch-*.pt")
+    found = sorted(int(path.stem.removeprefix("epoch-")) for path in paths)
+    if not found:
+        raise ValueError(f"{folder}: no snapshot; train with snapshots, a list of epochs")
+    return found
 
 
 class Busy(ValueError):
@@ -111,18 +125,27 @@ class RunFolder:
     def write_record(self, record: dict) -> None:
         write_atomically(self.path / "record.json", lambda f: f.write(json.dumps(record).encode()))
 
+    def missing(self) -> list[int]:
+        """The epochs of which a snapshot is wanted and not there."""
+        return [e for e in self.config.snapshots if not snapshot(self.path, e).is_file()]
+
     def log(self, line: dict) -> None:
         with naming(self.metrics), open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, state: dict) -> None:
-        """Write last.pt, noting how much of metrics.jsonl belongs to it."""
+    def save(self, state: dict, epoch: int = 0) -> None:
+        """Write last.pt, noting how much of metrics.jsonl belongs to it; `epoch` has just ended.
+
+        A snapshot comes first, so that whoever goes on from last.pt has all earlier ones.
+        """
         if self.metrics.exists():
             with naming(self.metrics), open(self.metrics, "rb") as file:
                 os.fsync(file.fileno())
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         state = {**state, "metrics_bytes": size, "config": self.config.to_dict()}
-        write_atomically(self.checkpoint, lambda f: torch.save(state, f))
+        wanted = [snapshot(self.path, epoch)] if epoch in self.config.snapshots else []
+        for path in (*wanted, self.checkpoint):
+            write_atomically(path, lambda f: torch.save(state, f))
 
     def save_best(self, weights: dict) -> None:
         write_atomically(self.best, lambda f: torch.save(weights, f))
@@ -142,11 +165,7 @@ class RunFolder:
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise ValueError(f"{self.checkpoint}: not a checkpoint of s4lib")
         kept, ours = state["config"], self.config.to_dict()
-        differ = [
-            k
-            for k in ours
-            if kept.get(k) != ours[k] and k not in ("data_root", "device", "tensorboard")
-        ]
+        differ = [k for k in ours if kept.get(k) != ours[k] and k not in NO_NUMBER]
         if differ:
             there, here = (f"{c.get(differ[0])!r}" for c in (kept, ours))
             what = f"checkpoint of another config: {differ[0]} is {there}, not {here}"

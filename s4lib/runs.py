@@ -95,14 +95,15 @@ def _finish(
     show: Callable[[int, int, str], None],
 ) -> dict:
     """The record of one run, trained if there is none that the present code has made."""
-    record = RunFolder(out, config).record()
-    for known in (record, committed):
+    folder = RunFolder(out, config)
+    record = folder.record()
+    for known in (None if folder.missing() else record, committed):
         if known is not None and not records.stale(known):
             return known
     outdated = record is not None
     if gpus:
         _launch(config, out, gpus, outdated, show)
-        return RunFolder(out, config).record()
+        return folder.record()
     return fit(config, out=out, resume=not outdated, restart=outdated, wait=wait, progress=show)
 
 

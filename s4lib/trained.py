@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import distributed
 from .build import build_method, network_of
-from .config import Config
+from .config import Config, one_of
 from .data import DATASETS
 from .data.images import open_image
 from .evaluate import normaliser
 from .method import Method
+from .run_folder import snapshot
 from .weights import read_tensors
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -32,6 +33,7 @@ class Trained:
     config: Config
     method: Method
     device: torch.device
+    training: dict = field(default_factory=dict)  # step, steps in all, optimizers; none in "best"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -66,8 +68,11 @@ class Trained:
         )
 
 
-def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> Trained:
-    """The trained method of a run's folder; `checkpoint` is "last" or "best".
+def load(folder: str | Path, checkpoint: str | int = "last", device: str = "auto") -> Trained:
+    """The trained method of a run's folder.
+
+    Args:
+        checkpoint: "last", "best", or an epoch of which the run kept a snapshot.
 
     Raises:
         ValueError: no such run, or a checkpoint that is corrupt or does not fit.
@@ -79,19 +84,26 @@ def load(folder: str | Path, checkpoint: str = "last", device: str = "auto") -> 
         config = Config.from_dict(json.loads((folder / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
-    state = read_tensors(folder / f"{checkpoint}.pt")
+    if isinstance(checkpoint, int):
+        file = snapshot(folder, checkpoint)
+    else:
+        file = folder / f"{one_of('checkpoint', checkpoint, 'last', 'best')}.pt"
+    state = read_tensors(file)
+    if checkpoint == "best":
+        state = {"method": state}  # the weights alone
     # Its own weights come from the checkpoint, so none are fetched to begin with.
     net_args = {key: value for key, value in config.net_args.items() if key != "pretrained"}
     bare = replace(config, weights="", net_args=net_args)
     method = build_method(bare, len(DATASETS[config.dataset].classes))
     try:
-        method.load_state_dict(state["method"] if checkpoint == "last" else state)
+        method.load_state_dict(state["method"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / checkpoint}.pt: does not fit {config.method} ({str(error).splitlines()[0]})"
+            f"{file}: does not fit {config.method} ({str(error).splitlines()[0]})"
         ) from error
     where = distributed.start(device)
-    return Trained(config, method.to(where).eval(), where)
+    training = {key: state[key] for key in ("step", "of", "minimizer") if key in state}
+    return Trained(config, method.to(where).eval(), where, training)
 
 
 def image_files(inputs: Sequence[str]) -> list[Path]:

@@ -47,6 +47,8 @@ def fit(
 ) -> dict:
     """Train one run and return its record; a run already recorded is returned as it is.
 
+    If it lacks one of `config.snapshots` it is trained again, from the start: ask for all at once.
+
     Args:
         out: folder of all runs; this one's is `out/config.run_id`.
         resume: continue from the run's checkpoint if there is one.
@@ -63,7 +65,9 @@ def fit(
     """
     device = distributed.start(config.device)
     folder = RunFolder(out, config)
-    if (record := folder.record()) and not restart:
+    record = folder.record()
+    restart = restart or (record is not None and bool(folder.missing()))
+    if record and not restart:
         return record
     run = Run(config, folder, device)  # bad input is found here, before anything is written
     with folder.locked(wait) if run.main else contextlib.nullcontext():
@@ -80,6 +84,11 @@ def fit(
             record = run.train(resume, progress or (lambda done, total, text: None))
         distributed.barrier()
     return record
+
+
+def seed_noise(config: Config, step: int) -> None:
+    """Noise of a step (CutMix boxes, dropout) is a function of seed, step and rank."""
+    torch.manual_seed(hash((config.seed, step, distributed.rank())) % 2**63)
 
 
 class Run:
@@ -156,7 +165,7 @@ class Run:
                     text = self._evaluate(done, clock.epoch + 1, board)
                 if epoch_ends or stopping:
                     self.minimizer.check()
-                    self._save(done)
+                    self._save(done, clock.epoch + 1 if epoch_ends else 0)
                 progress(done, total, text)
                 if stopping:
                     raise Interrupted(stop.number or signal.SIGTERM, done)
@@ -167,8 +176,7 @@ class Run:
 
     def _step(self, clock: Clock) -> float:
         """One update, from `accumulate` batches. Returns the learning rate."""
-        # Noise of a step (CutMix boxes, dropout) is a function of seed, step and rank.
-        torch.manual_seed(hash((self.config.seed, clock.step, distributed.rank())) % 2**63)
+        seed_noise(self.config, clock.step)
         parts, batches = self.config.accumulate, self.loader.steps_per_epoch
         first = clock.step % self.steps_per_epoch * parts  # a last update is filled from the start
         for part in range(parts):
@@ -224,11 +232,12 @@ class Run:
                     board.add_scalar(f"miou/{name}", value, step)
         return " ".join(f"{name} {value:.1f}" for name, value in mious.items()) + " mIoU"
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, epoch: int) -> None:
         self.sums = {name: distributed.mean(value) for name, value in self.sums.items()}
         if self.main:
             state = {
                 "step": step,
+                "of": self.steps,
                 "method": self.method.state_dict(),
                 "minimizer": self.minimizer.state_dict(),
                 "sums": {name: float(value) for name, value in self.sums.items()},
@@ -237,11 +246,17 @@ class Run:
                 "last": self.last,
                 "seconds": self.seconds,
             }
-            self.folder.save(state)
+            self.folder.save(state, epoch)
 
     def _restore(self) -> int:
         """Take over the checkpoint's state; returns the number of steps done."""
         state = self.folder.load()
+        late = [e for e in self.folder.missing() if e * self.steps_per_epoch <= state["step"]]
+        if late:
+            raise ValueError(
+                f"{self.folder.path}: is past epoch {late[0]} and kept no snapshot of it: restart "
+                f"begins again"
+            )
         try:
             self.method.load_state_dict(state["method"])
             self.minimizer.load_state_dict(state["minimizer"])
