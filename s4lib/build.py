@@ -22,7 +22,7 @@ from .methods import METHODS
 from .nets import SegNet, build_net
 
 HERE = Path(__file__).resolve().parent
-DATA = "images splits views loader".split()
+DATA = "images splits views families colour loader".split()
 CORE = "method losses mixing perturb schedules nets minimizer trainer evaluate metrics".split()
 
 

@@ -44,6 +44,11 @@ class Config:
         batch: labeled images per step, over all processes.
         unlabeled_batch: unlabeled images per step, over all processes.
         crop: height and width of a training view; empty takes `size`.
+        augment: whose views: s4 (ours, as the next four say) or those of a published code
+            (s4lib.data.families.FAMILIES), which brings its own zoom, padding and colours.
+        resize_base: size that a published resizing refers to; 0 takes the image's own. ps_mt
+            has 600 and augseg 500 for VOC (longer side), dual_teacher 512 for ADE20K (shorter).
+        pad_label: label of padding in published views: 255 (void), or 0 as U2PL and GTA-Seg have.
         scale: bounds of the random zoom.
         outside: what a view shows beyond the image: reflect or void.
         jitter: strength of brightness, contrast and saturation changes in strong views.
@@ -91,6 +96,11 @@ class Config:
     batch: int = 8
     unlabeled_batch: int = 8
     crop: tuple[int, ...] = ()
+    augment: typing.Literal[
+        "s4", "u2pl", "cps", "ps_mt", "unimatch", "augseg", "dual_teacher"
+    ] = "s4"
+    resize_base: int = 0
+    pad_label: typing.Literal[255, 0] = 255
     scale: tuple[float, float] = (0.75, 1.5)
     outside: typing.Literal["reflect", "void"] = "reflect"
     jitter: float = 0.5
@@ -141,9 +151,18 @@ class Config:
             "weight_decay",
             "jitter",
             "lr_warmup",
+            "resize_base",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
+        own, published = ("scale", "outside", "jitter", "hue"), ("resize_base", "pad_label")
+        for f in fields(self):
+            if f.name in (published if self.augment == "s4" else own):
+                if getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name}={getattr(self, f.name)!r}: augment={self.augment!r} has no such "
+                        f"setting, leave it at {f.default!r}"
+                    )
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))

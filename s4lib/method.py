@@ -70,7 +70,10 @@ class Method(nn.Module):
 
     strong_views: int = 0  # strong versions wanted of each unlabeled crop
     labeled_strong: bool = False  # whether `Batch.image_strong` is wanted
-    family: str = "colour"  # what makes them strong: "colour" (photometric) or "noise" (Gaussian)
+    # What makes them strong, one word or one per view: "colour" (photometric, of the run's
+    # `augment`), "noise" (Gaussian) or "normalised" (Dual Teacher's jitter of normalised images).
+    family: str | tuple[str, ...] = "colour"
+    unlabeled_order: str = "shuffled"  # or "fixed": the list's first images, as many as are labeled
     uses_unlabeled: ClassVar[bool] = True
     deployed: ClassVar[str] = "student"  # the child that `forward` runs
     batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics

@@ -24,8 +24,8 @@ import torch
 from . import distributed, records
 from .build import build_method, method_source, network_of, open_data
 from .config import Config
+from .data.families import build_views
 from .data.loader import Loader
-from .data.views import Views
 from .evaluate import count, evaluated, evaluation, normaliser, scores
 from .interrupts import Interrupted, stop_requests
 from .method import Clock
@@ -99,15 +99,6 @@ class Run:
         self.main = distributed.rank() == 0
         self.evaluation = evaluation(config.evaluation, config.eval_args)
         images, self.split, self.held_out, self.held_out_indices = open_data(config)
-        height, width = images[0][0].shape[1:]
-        views = Views(
-            crop=config.crop or (height, width),
-            scale=config.scale,
-            outside=config.outside,
-            jitter=config.jitter,
-            hue=config.hue,
-            noise=config.noise,
-        )
         self.method = build_method(config, len(images.classes)).to(device)
         if config.sync_bn:
             distributed.synchronise_batch_norm(self.method, device)
@@ -118,7 +109,7 @@ class Run:
         self.loader = Loader(
             images,
             self.split,
-            views,
+            build_views(config, images[0][0].shape[1:], net.mean),
             self.method,
             batch=config.batch,
             unlabeled_batch=config.unlabeled_batch,
@@ -294,7 +285,7 @@ class Run:
             "method_source": method_source(config.method, config.dataset),
             "split_sha256": self.split.sha256,
             "labeled": len(self.split.labeled),
-            "unlabeled": len(self.split.unlabeled) if self.method.uses_unlabeled else 0,
+            "unlabeled": len(self.loader.unlabeled) if self.method.uses_unlabeled else 0,
             "classes": list(self.held_out.classes),
             "steps": self.steps,
             "images_seen": self.steps * config.accumulate * (config.batch + unlabeled),

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from s4lib.data.splits import split
 from s4lib.data.views import Views, colour_jitter
 from s4lib.losses import IGNORE
 from s4lib.methods import METHODS
+from s4lib.nets import build_net
 
 # What `mosaic` is. Change its constants and these change: print them with the two tests below.
 MOSAIC_IMAGES = {
@@ -443,7 +445,7 @@ def loader(camvid):
     def make(
         batch=2, unlabeled_batch=2, seed=0, method="cutmix_seg", method_args=(), labeled=2, **view
     ):
-        method = METHODS[method](lambda: torch.nn.Conv2d(3, 11, 1), **dict(method_args))
+        method = METHODS[method](partial(build_net, "tiny", 11), **dict(method_args))
         chosen = split(images, "camvid", labeled, 0)
         return Loader(
             images,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import distributed
+from ..config import one_of
 from ..method import Batch, Method
+from .colour import jitter_normalised
+from .families import FamilyViews
 from .images import Images
 from .splits import Split
-from .views import Views, colour_jitter
+from .views import Views, add_noise
 
-LABELED, UNLABELED = 0, 1  # streams of random numbers
+LABELED, UNLABELED, SHARED = 0, 1, 4  # streams of random numbers (2 and 3: views of the first two)
 
 
 class Loader:
@@ -24,24 +27,26 @@ class Loader:
     An epoch passes once over the unlabeled list in a shuffled order (its last batch is filled up
     from the order's start); the labeled list is cycled through in orders of its own. Both batch
     sizes count all processes together, and process r takes the r-th contiguous share, so that the
-    union over processes does not depend on their number.
+    union over processes does not depend on their number. Asked for consecutive steps, it makes the
+    next batch while the caller works on this one (`prefetch`); batches are the same either way.
 
     Args:
         images, split: the training part and who carries labels.
         views: crop and colour settings.
-        method: says which views it needs.
+        method: says which views it needs, and in which order unlabeled images come.
         batch, unlabeled_batch: images per step, over all processes.
         mean, std: normalisation, per channel.
+        prefetch: whether to work ahead; None does for a GPU. On a CPU the step needs the cores.
 
     Raises:
-        ValueError: a batch size that the processes cannot share evenly.
+        ValueError: a batch size that the processes cannot share evenly, or nothing unlabeled.
     """
 
     def __init__(
         self,
         images: Images,
         split: Split,
-        views: Views,
+        views: Views | FamilyViews,
         method: Method,
         *,
         batch: int,
@@ -50,6 +55,7 @@ class Loader:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         device: torch.device,
+        prefetch: bool | None = None,
     ):
         for name, size in (("batch", batch), ("unlabeled_batch", unlabeled_batch)):
             if size < 1 or size % distributed.world():
@@ -58,18 +64,33 @@ class Loader:
                 )
         self.images, self.split, self.views = images, split, views
         self.batch, self.unlabeled_batch = batch, unlabeled_batch
-        self.strong_views = method.strong_views
-        self.labeled_strong, self.family = method.labeled_strong, method.family
+        family = method.family
+        self.families = (family,) * method.strong_views if isinstance(family, str) else family
+        self.labeled_family = family if isinstance(family, str) else family[0]
+        self.labeled_strong = method.labeled_strong
+        for family in (*self.families, self.labeled_family):
+            one_of("family", family, "colour", "noise", "normalised")
         self.uses_unlabeled = method.uses_unlabeled
         if self.uses_unlabeled and not split.unlabeled:
             raise ValueError(
                 "labeled covers every image, so nothing is left unlabeled: use method=supervised"
             )
+        order = one_of("unlabeled_order", method.unlabeled_order, "shuffled", "fixed")
+        self.shuffled = order == "shuffled"
+        # Dual Teacher's distributed loader is neither shuffled nor longer than the labeled one.
+        self.unlabeled = split.unlabeled[: None if self.shuffled else len(split.labeled)]
         self.seed, self.device = seed, device
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
-        self.steps_per_epoch = math.ceil(len(split.unlabeled or split.labeled) / unlabeled_batch)
+        self.steps_per_epoch = math.ceil(len(self.unlabeled or split.labeled) / unlabeled_batch)
         self._readers = ThreadPoolExecutor(4)
+        self.prefetch = device.type == "cuda" if prefetch is None else prefetch
+        start = {}
+        if device.type == "cuda":  # a thread that pins memory would else wake up the first GPU
+            index = torch.cuda.current_device() if device.index is None else device.index
+            start = {"initializer": torch.cuda.set_device, "initargs": (index,)}
+        self._maker = ThreadPoolExecutor(1, **start)
+        self._next: tuple[int, Future | None] = (-1, None)  # step that is expected, and its batch
 
     def labeled_at(self, step: int) -> list[tuple[int, int]]:
         """(pass, image index) of the labeled images of a step, over all processes."""
@@ -84,50 +105,80 @@ class Loader:
     def unlabeled_at(self, step: int) -> list[tuple[int, int]]:
         """(epoch, image index) of the unlabeled images of a step, over all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        pool = self.split.unlabeled
-        order = np.random.default_rng([self.seed, UNLABELED, epoch]).permutation(len(pool))
+        order = np.arange(len(self.unlabeled))
+        if self.shuffled:
+            order = np.random.default_rng([self.seed, UNLABELED, epoch]).permutation(len(order))
         positions = range(within * self.unlabeled_batch, (within + 1) * self.unlabeled_batch)
-        return [(epoch, pool[order[p % len(pool)]]) for p in positions]
+        return [(epoch, self.unlabeled[order[p % len(order)]]) for p in positions]
 
     def _mine(self, entries: list) -> list:
         share = len(entries) // distributed.world()
         return entries[distributed.rank() * share : (distributed.rank() + 1) * share]
 
-    def _views(
+    def _drawn(
         self, stream: int, entries: list[tuple[int, int]]
-    ) -> tuple[list, list, Tensor, list]:
-        samples = list(self._readers.map(lambda entry: self.images[entry[1]], entries))
-        images = [image.to(self.device, non_blocking=True) for image, _ in samples]
-        labels = [label.to(self.device, non_blocking=True) for _, label in samples]
+    ) -> tuple[list[Tensor], list[Tensor], list, list[np.random.Generator]]:
+        """Images, labels, drawn crops and generators of these (pass, image index)."""
+        images, labels = zip(
+            *self._readers.map(lambda entry: self.images[entry[1]], entries), strict=True
+        )
         # An image met twice in one pass (a batch larger than the list) gets two different views.
         seen: dict[tuple[int, int], int] = {}
-        rngs, maps = [], []
-        for entry, (image, _) in zip(entries, samples, strict=True):
+        rngs, crops = [], []
+        for entry, label in zip(entries, labels, strict=True):
             seen[entry] = seen.get(entry, -1) + 1
             rngs.append(np.random.default_rng([self.seed, 2 + stream, *entry, seen[entry]]))
-            maps.append(self.views.draw_crop(rngs[-1], *image.shape[1:]))
-        return images, labels, torch.from_numpy(np.stack(maps)).to(self.device), rngs
+            crops.append(self.views.draw_crop(rngs[-1], *label.shape, label))
+        return list(images), list(labels), crops, rngs
 
     def _normalise(self, image: Tensor) -> Tensor:
         return ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def __getitem__(self, step: int) -> Batch:
-        images, labels, maps, rngs = self._views(LABELED, self._mine(self.labeled_at(step)))
-        plain = self.views.crop_images(images, maps)
-        image, label = self._normalise(plain), self.views.crop_labels(labels, maps)
-        image_strong = self._strong(plain, image, rngs) if self.labeled_strong else None
+        expected, ahead = self._next
+        batch = ahead.result() if ahead and expected == step else self._make(step)
+        working = self.prefetch and expected == step
+        self._next = step + 1, self._maker.submit(self._make, step + 1) if working else None
+        return batch
+
+    def _make(self, step: int) -> Batch:
+        entries = self._mine(self.labeled_at(step))
+        images, labels, crops, rngs = self._drawn(LABELED, entries)
+        plain = self.views.crop_images(images, crops, self.device)
+        image, label = self._normalise(plain), self.views.crop_labels(labels, crops, self.device)
+        image_strong = None
+        if self.labeled_strong:
+            shared = np.random.default_rng([self.seed, SHARED, step, len(self.families)])
+            image_strong = self._strong(self.labeled_family, plain, image, rngs, shared)
         if not self.uses_unlabeled:
             valid = torch.ones_like(label[:0], dtype=torch.bool)
             return Batch(image, label, image[:0], (), valid, image_strong)
-        images, _, maps, rngs = self._views(UNLABELED, self._mine(self.unlabeled_at(step)))
-        plain = self.views.crop_images(images, maps)
+        entries = self._mine(self.unlabeled_at(step))
+        images, _, crops, rngs = self._drawn(UNLABELED, entries)
+        plain = self.views.crop_images(images, crops, self.device)
         weak = self._normalise(plain)
-        strong = tuple(self._strong(plain, weak, rngs) for _ in range(self.strong_views))
-        return Batch(image, label, weak, strong, self.views.valid(images, maps), image_strong)
+        shared = [
+            np.random.default_rng([self.seed, SHARED, step, view])
+            for view in range(len(self.families))
+        ]
+        strong = tuple(
+            self._strong(family, plain, weak, rngs, one)
+            for family, one in zip(self.families, shared, strict=True)
+        )
+        valid = self.views.valid(images, crops, self.device)
+        return Batch(image, label, weak, strong, valid, image_strong)
 
-    def _strong(self, plain: Tensor, weak: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+    def _strong(
+        self,
+        family: str,
+        plain: Tensor,
+        weak: Tensor,
+        rngs: list[np.random.Generator],
+        shared: np.random.Generator,
+    ) -> Tensor:
         """A strong version of views in [0, 1], which normalised are `weak`."""
-        if self.family == "noise":
-            return self.views.add_noise(weak, rngs)
-        draws = np.stack([self.views.draw_colour(rng) for rng in rngs])
-        return self._normalise(colour_jitter(plain, torch.from_numpy(draws).to(self.device)))
+        if family == "noise":
+            return add_noise(weak, self.views.noise, rngs)
+        if family == "normalised":  # one draw for the step's images, whatever their share here
+            return jitter_normalised(weak, shared)
+        return self._normalise(self.views.strong(plain, rngs))

@@ -20,11 +20,17 @@ from ..losses import IGNORE
 GREY = torch.tensor([0.299, 0.587, 0.114])
 _TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _TO_RGB = torch.linalg.inv(_TO_YIQ)
+CPU = torch.device("cpu")
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on the device; a GPU fetches it from pinned memory, nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
 class Views:
-    """How strong the views are.
+    """Our own views (`augment` "s4"), and how strong they are.
 
     Args:
         crop: (height, width) of a view.
@@ -47,8 +53,10 @@ class Views:
     blur: float = 0.5
     noise: float = 0.15
 
-    def draw_crop(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-        """(2, 3) affine map from crop to image coordinates, both in [-1, 1]."""
+    def draw_crop(
+        self, rng: np.random.Generator, height: int, width: int, label: Tensor | None = None
+    ) -> np.ndarray:
+        """(2, 3) affine map from crop to image coordinates, both in [-1, 1]; `label` is unused."""
         scale, flip, fx, fy = rng.uniform(*self.scale), rng.uniform() < 0.5, *rng.uniform(-1, 1, 2)
         sx, sy = self.crop[1] / width / scale, self.crop[0] / height / scale
         # The window's centre may move as far as the window stays inside, or, larger than the image,
@@ -65,48 +73,60 @@ class Views:
         on = rng.uniform(size=3) < (self.grey, self.blur, self.colour)
         return np.array([*factors, angle, *on], dtype=np.float32)
 
-    def add_noise(self, image: Tensor, rngs: list[np.random.Generator]) -> Tensor:
-        """Normalised images (B, 3, H, W) with noise of each one's own generator."""
-        noise = torch.empty_like(image)
-        for one, rng in zip(noise, rngs, strict=True):
-            generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**62)))
-            one.normal_(generator=generator)
-        return image + self.noise * noise
-
-    def crop_images(self, images: list[Tensor], maps: Tensor) -> Tensor:
+    def crop_images(self, images: list[Tensor], maps: list[np.ndarray], device=CPU) -> Tensor:
         """Float views (B, 3, *crop) in [0, 1] of uint8 images (3, H, W) that may differ in size."""
-        views = _sample(images, maps, self.crop, "bilinear", self._padding)
+        views = _sample(images, maps, self.crop, "bilinear", self._padding, device)
         return views / 255
 
-    def crop_labels(self, labels: list[Tensor], maps: Tensor) -> Tensor:
+    def crop_labels(self, labels: list[Tensor], maps: list[np.ndarray], device=CPU) -> Tensor:
         """Views (B, *crop) int64 of uint8 labels (H, W); IGNORE outside unless reflected."""
         shifted = [label[None].int() - IGNORE for label in labels]  # zero padding then means IGNORE
-        views = _sample(shifted, maps, self.crop, "nearest", self._padding)
+        views = _sample(shifted, maps, self.crop, "nearest", self._padding, device)
         return views[:, 0].round().long() + IGNORE
 
-    def valid(self, images: list[Tensor], maps: Tensor) -> Tensor:
+    def valid(self, images: list[Tensor], maps: list[np.ndarray], device=CPU) -> Tensor:
         """(B, *crop) bool: False where a view shows no image."""
         if self.outside == "reflect":
-            return torch.ones(len(images), *self.crop, dtype=torch.bool, device=maps.device)
-        grid = F.affine_grid(maps, [len(maps), 1, *self.crop], align_corners=False)
-        return (grid.abs() <= 1).all(-1)
+            return torch.ones(len(images), *self.crop, dtype=torch.bool, device=device)
+        return (_grid(maps, self.crop, device).abs() <= 1).all(-1)
+
+    def strong(self, images: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+        """Views (B, 3, H, W) in [0, 1], each in colours drawn from its own generator."""
+        draws = torch.from_numpy(np.stack([self.draw_colour(rng) for rng in rngs]))
+        return colour_jitter(images, move(draws, images.device))
 
     @property
     def _padding(self) -> str:
         return "reflection" if self.outside == "reflect" else "zeros"
 
 
+def add_noise(image: Tensor, std: float, rngs: list[np.random.Generator]) -> Tensor:
+    """Normalised images (B, 3, H, W) with noise of each one's own generator."""
+    noise = torch.empty_like(image)
+    for one, rng in zip(noise, rngs, strict=True):
+        generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**62)))
+        one.normal_(generator=generator)
+    return image + std * noise
+
+
+def _grid(maps: list[np.ndarray], crop: tuple[int, int], device: torch.device) -> Tensor:
+    maps = move(torch.from_numpy(np.stack(maps)), device)
+    return F.affine_grid(maps, [len(maps), 1, *crop], align_corners=False)
+
+
 def _sample(
-    values: list[Tensor], maps: Tensor, crop: tuple[int, int], mode: str, padding: str
+    values: list[Tensor],
+    maps: list[np.ndarray],
+    crop: tuple[int, int],
+    mode: str,
+    padding: str,
+    device: torch.device,
 ) -> Tensor:
     if len({v.shape for v in values}) > 1:  # images of different sizes: one by one
-        return torch.cat(
-            [_sample([v], m[None], crop, mode, padding) for v, m in zip(values, maps, strict=True)]
-        )
-    grid = F.affine_grid(maps, [len(maps), 1, *crop], align_corners=False)
-    return F.grid_sample(
-        torch.stack(values).float(), grid, mode=mode, padding_mode=padding, align_corners=False
-    )
+        pairs = zip(values, maps, strict=True)
+        return torch.cat([_sample([v], [m], crop, mode, padding, device) for v, m in pairs])
+    pixels, grid = move(torch.stack(values), device).float(), _grid(maps, crop, device)
+    return F.grid_sample(pixels, grid, mode=mode, padding_mode=padding, align_corners=False)
 
 
 def colour_jitter(image: Tensor, draws: Tensor) -> Tensor:
