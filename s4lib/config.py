@@ -96,9 +96,9 @@ class Config:
     batch: int = 8
     unlabeled_batch: int = 8
     crop: tuple[int, ...] = ()
-    augment: typing.Literal[
-        "s4", "u2pl", "cps", "ps_mt", "unimatch", "augseg", "dual_teacher"
-    ] = "s4"
+    augment: typing.Literal["s4", "u2pl", "cps", "ps_mt", "unimatch", "augseg", "dual_teacher"] = (
+        "s4"
+    )
     resize_base: int = 0
     pad_label: typing.Literal[255, 0] = 255
     scale: tuple[float, float] = (0.75, 1.5)
