@@ -23,7 +23,8 @@ from .nets import SegNet, build_net
 
 HERE = Path(__file__).resolve().parent
 DATA = "images splits views families colour loader".split()
-CORE = "method losses mixing perturb schedules nets minimizer trainer evaluate metrics".split()
+CORE = "method losses mixing perturb schedules minimizer trainer evaluate metrics".split()
+CORE += "nets architectures encoders decoders".split()
 
 
 def build_method(config: Config, classes: int) -> Method:

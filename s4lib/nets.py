@@ -1,4 +1,4 @@
-"""`SegNet`: any timm encoder that gives features, and a DeepLabV3+ decoder (Chen et al. 2018).
+"""`SegNet`: an encoder of timm, a decoder and a classifier, in the combinations of `NETS`.
 
 net = build_net("light", classes=8)
 logits = net(image)                           # (B, K, H, W), at input size
@@ -11,104 +11,45 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architectures import NETS
 from .config import checked, one_of
-from .weights import first_line, load_encoder
-
-# Networks by name: keyword arguments of SegNet. `light` is the CPU network of the embedded dataset,
-# 0.15 million parameters; the mobilenet is the one that shared small ImageNet weights exist for.
-NETS: dict[str, dict] = {
-    "light": {
-        "encoder": "resnet10t",
-        "encoder_args": {"channels": [16, 32, 48, 64], "stem_width": 8},
-        "output_stride": 8,
-        "skip_stride": 2,
-        "width": 24,
-        "low_width": 16,
-        "rates": [2, 4],
-        "aspp_width": 12,
-        "fuse": 1,
-    },
-    "tiny": {
-        "encoder": "test_resnet",
-        "output_stride": 8,
-        "width": 16,
-        "low_width": 8,
-        "rates": [2],
-    },
-    "mobilenetv1": {
-        "encoder": "mobilenetv1_100",
-        "encoder_args": {"pad_type": "same", "bn_eps": 1e-3},
-        "output_stride": 16,
-        "deep_index": 3,
-        "width": 64,
-        "low_width": 24,
-        "rates": [2, 4],
-    },
-    "deeplabv3plus-resnet18": {
-        "encoder": "resnet18",
-        "output_stride": 16,
-        "width": 128,
-        "rates": [3, 6, 9],
-    },
-    "deeplabv3plus-resnet50": {"encoder": "resnet50", "output_stride": 16},
-    "deeplabv3plus-resnet101": {"encoder": "resnet101", "output_stride": 16},
-}
-
-
-def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-class Decoder(nn.Module):
-    """ASPP on the deepest feature, concatenated with a finer one, at the finer one's size."""
-
-    def __init__(self, low, deep, *, width: int, low_width: int, aspp_width: int, rates: list[int]):
-        super().__init__()
-        branches = [conv_norm_relu(deep, aspp_width)]
-        branches += [conv_norm_relu(deep, aspp_width, 3, rate) for rate in rates]
-        self.branches = nn.ModuleList(branches)
-        # No BN after the global mean: it would have one value per image, and none to spare in a
-        # batch of one.
-        self.pooled = nn.Conv2d(deep, aspp_width, 1)
-        self.project = conv_norm_relu(aspp_width * (len(branches) + 1), width)
-        self.low = conv_norm_relu(low, low_width)
-        self.channels = width + low_width
-
-    def forward(self, low: Tensor, deep: Tensor) -> Tensor:
-        pooled = self.pooled(deep.mean((2, 3), keepdim=True)).relu().expand(-1, -1, *deep.shape[2:])
-        x = self.project(torch.cat([*(branch(deep) for branch in self.branches), pooled], 1))
-        x = F.interpolate(x, low.shape[2:], mode="bilinear")
-        return torch.cat([x, self.low(low)], 1)
+from .decoders import DPT, STYLES, DeepLab, classifier
+from .encoders import Tokens, batch_to_group_norm, ceil_pool, dilate, pyramid
+from .weights import load_encoder
 
 
 class SegNet(nn.Module):
     """Encoder, decoder, classifier; logits at input size.
 
-    Its children are `encoder` (image to features), `decoder` (ASPP, features to one fused map) and
-    `classifier` (the last convolutions, fused map to logits).
+    Its children are `encoder` (image to features), `decoder` (features to one fused map) and
+    `classifier` (the last convolutions, fused map to logits); `representation` (fused map to
+    embeddings) and `auxiliary` (see `auxiliary_logits`) are None unless asked for.
 
     Args:
         classes: number of classes K.
-        encoder: a timm model name that supports `features_only`.
+        encoder: a timm model name that supports `features_only`; a vision transformer for "dpt".
         encoder_args: further arguments of that timm model.
+        decoder: one of s4lib.decoders.STYLES.
         output_stride: input size / deepest feature size, 8 or 16 where the encoder allows it, 32
             otherwise.
         skip_stride: stride of the feature that is fused in, 4 in DeepLabV3+.
         deep_index: which timm feature goes to the ASPP; None takes the last.
+        taps: blocks of a vision transformer, from 0, whose tokens are its features.
+        multi_grid: factors on the dilations of the blocks of a ResNet's layer4; none if empty.
+        ceil_mode: the max-pool of a ResNet rounds sizes up.
         width, low_width, aspp_width, rates: decoder sizes; aspp_width 0 means `width`.
         fuse: number of 3 x 3 convolutions in the classifier, 2 in DeepLabV3+.
+        representation: also a second classifier, with `width` outputs: U2PL's embeddings.
+        auxiliary: also a small classifier on the last but one feature.
         norm: "batch", or "group" (statistics per image: results do not depend on the batch).
         pretrained: ask timm for its default weights (needs a network or timm's cache).
 
     Raises:
-        ValueError: unknown encoder, or one that gives no pyramid of features at these strides.
+        ValueError: unknown encoder, decoder or norm, or an encoder that the rest does not fit.
     """
 
     def __init__(
@@ -117,57 +58,73 @@ class SegNet(nn.Module):
         *,
         encoder: str,
         encoder_args: dict | None = None,
+        decoder: str = "plain",
         output_stride: int = 16,
         skip_stride: int = 4,
         deep_index: int | None = None,
+        taps: list[int] = (2, 5, 8, 11),
+        multi_grid: list[int] = (),
+        ceil_mode: bool = False,
         width: int = 256,
         low_width: int = 48,
         aspp_width: int = 0,
         rates: list[int] = (6, 12, 18),
         fuse: int = 2,
+        representation: bool = False,
+        auxiliary: bool = False,
         norm: str = "batch",
         pretrained: bool = False,
     ):
         super().__init__()
         one_of("norm", norm, "batch", "group")
-        arguments = {"features_only": True, "pretrained": pretrained, **(encoder_args or {})}
-        if output_stride != 32:
-            arguments["output_stride"] = output_stride
-        try:
-            probe = timm.create_model(encoder, **{**arguments, "pretrained": False}).feature_info
-            strides = probe.reduction()
-            deep = len(strides) - 1 if deep_index is None else deep_index
-            low = strides.index(skip_stride)
-            self.encoder = timm.create_model(encoder, out_indices=(low, deep), **arguments)
-        except (RuntimeError, TypeError, AssertionError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"encoder={encoder!r} with output_stride={output_stride}, "
-                f"skip_stride={skip_stride}: timm says {first_line(error)!r}; valid are "
-                f"timm.list_models() that give a pyramid of features"
-            ) from error
-        channels = self.encoder.feature_info.channels()
-        self.decoder = Decoder(
-            channels[0],
-            channels[1],
-            width=width,
-            low_width=low_width,
-            aspp_width=aspp_width or width,
-            rates=list(rates),
-        )
-        inputs = [self.decoder.channels] + [width] * (fuse - 1)
-        last = nn.Conv2d(width, classes, 1)
-        self.classifier = nn.Sequential(*(conv_norm_relu(n, width, 3) for n in inputs), last)
+        style = STYLES[one_of("decoder", decoder, *STYLES)]
+        self.source = encoder, encoder_args or {}  # the timm model that weights are given for
+        if decoder == "dpt":
+            self.encoder = Tokens(*self.source, pretrained=pretrained, taps=taps)
+            channels = self.encoder.channels
+            self.decoder = DPT(channels, width=width, low_width=low_width)
+        else:
+            self.encoder = pyramid(
+                *self.source,
+                pretrained=pretrained,
+                output_stride=output_stride,
+                skip_stride=skip_stride,
+                deep_index=deep_index,
+                middle=auxiliary,
+            )
+            channels = self.encoder.feature_info.channels()
+            self.decoder = DeepLab(
+                channels,
+                width=width,
+                low_width=low_width,
+                aspp_width=aspp_width or width,
+                rates=list(rates),
+                style=style,
+            )
+        if multi_grid:
+            dilate(self.encoder, multi_grid)
+        if ceil_mode:
+            ceil_pool(self.encoder)
+        fused = self.decoder.channels
+        self.classifier = classifier(fused, width, classes, fuse, style)
+        self.representation = self.auxiliary = None
+        if representation:
+            self.representation = classifier(fused, width, width, fuse, style)
+        if auxiliary:
+            whole = style._replace(separable=False)
+            self.auxiliary = classifier(channels[-2], 256, classes, 1, whole)
+        self.align_corners = style.align_corners
         info = getattr(self.encoder, "pretrained_cfg", None) or {}
         self.mean, self.std = (
             tuple(info.get("mean", (0.5,) * 3)),
             tuple(info.get("std", (0.5,) * 3)),
         )
-        self.source = encoder, encoder_args or {}  # the timm model that weights are given for
         if norm == "group":
             batch_to_group_norm(self)
 
     def encode(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Features (low, deep) of images (B, 3, H, W)."""
+        """Features of images (B, 3, H, W): (low, deep), with an auxiliary head (low, middle, deep);
+        of a vision transformer its `taps`."""
         return tuple(self.encoder(image))
 
     def fuse(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -176,11 +133,25 @@ class SegNet(nn.Module):
 
     def classify(self, fused: Tensor, size: torch.Size) -> Tensor:
         """Logits (B, K, *size) of a fused map."""
-        return F.interpolate(self.classifier(fused), size, mode="bilinear")
+        return self._upsample(self.classifier(fused), size)
 
     def decode(self, features: tuple[Tensor, ...], size: torch.Size) -> Tensor:
         """Logits (B, K, *size) of features."""
         return self.classify(self.fuse(features), size)
+
+    def auxiliary_logits(self, features: tuple[Tensor, ...], size: torch.Size) -> Tensor:
+        """Logits (B, K, *size) of the auxiliary head, for a second term of a supervised loss:
+
+        features = net.encode(batch.image)
+        loss = ce(net.decode(features, size), label)
+        loss += 0.4 * ce(net.auxiliary_logits(features, size), label)    # U2PL, MMSegmentation
+
+        Raises:
+            ValueError: the network was built without one.
+        """
+        if self.auxiliary is None:
+            raise ValueError("this network has no auxiliary head: build it with auxiliary=True")
+        return self._upsample(self.auxiliary(features[-2]), size)
 
     def forward(self, image: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         features = self.encode(image)
@@ -188,17 +159,8 @@ class SegNet(nn.Module):
             features = tuple(perturb(f) for f in features)
         return self.decode(features, image.shape[-2:])
 
-
-def batch_to_group_norm(module: nn.Module) -> None:
-    """Replace every BN, in place, by GroupNorm with up to 8 groups, as divide its channels."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
-            groups = max(g for g in range(1, 9) if child.num_features % g == 0)
-            new = nn.GroupNorm(groups, child.num_features)
-            rest = [getattr(child, extra) for extra in ("drop", "act") if hasattr(child, extra)]
-            setattr(module, name, nn.Sequential(new, *rest) if rest else new)
-        else:
-            batch_to_group_norm(child)
+    def _upsample(self, logits: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
 
 
 def build_net(name: str, classes: int, *, weights: str | None = None, **changes) -> SegNet:

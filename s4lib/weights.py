@@ -37,7 +37,9 @@ def first_line(error: Exception) -> str:
 
 
 def load_encoder(net: nn.Module, path: Path) -> None:
-    """Initialise the encoder from a timm classifier's or encoder's state dict.
+    """Initialise the encoder from the state dict of a classifier or encoder, as timm names it or as
+    the papers' code does: the deep-stem ResNets of U2PL, UniMatch and TorchSemiSeg ("v1c"),
+    MMSegmentation's with its `stem`, Meta's DINOv2; with `module.` or `backbone.` before all names.
 
     Strict: every tensor that reaches an output must be there in its shape, and nothing may be left
     over but what only the classifier has. (BN's step counters, and blocks behind the last feature
@@ -46,19 +48,16 @@ def load_encoder(net: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the file belongs to another architecture; names the first keys.
     """
-    given = read_tensors(path)
+    given = _without_wrapping(read_tensors(path))
     wanted = net.encoder.state_dict()
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):
         raise ValueError(f"{path}: not a state dict (names with tensors)")
     name, arguments = net.source
     with torch.device("meta"):
         whole = timm.create_model(name, **arguments).state_dict()
-    # timm's feature extractors call a classifier's `stages.0` `stages_0`.
-    given = {
-        k if k in wanted or k not in whole else k.replace(".", "_", 1): v for k, v in given.items()
-    }
-    heads = {k.replace(".", "_", 1) for k in whole} - wanted.keys()
-    given = {k: v for k, v in given.items() if k not in heads}
+    unneeded = {*whole, *(k.replace(".", "_", 1) for k in whole), "mask_token"}
+    given = {_encoder_name(k, wanted): v for k, v in given.items()}
+    given = {k: v for k, v in given.items() if k in wanted or k not in unneeded}
     unused = _unused_parameters(net)
     optional = lambda k: k.endswith("num_batches_tracked") or k.rsplit(".", 1)[0] in unused  # noqa: E731
     missing = [k for k in wanted if k not in given and not optional(k)]
@@ -81,12 +80,34 @@ def load_encoder(net: nn.Module, path: Path) -> None:
     net.encoder.load_state_dict({**wanted, **given})
 
 
+def _without_wrapping(given: object) -> object:
+    """What training code saves around a state dict, and before each name in it, removed."""
+    for key in ("state_dict", "model"):
+        if isinstance(given, dict) and isinstance(given.get(key), dict):
+            given = given[key]
+    for prefix in ("module.", "backbone."):
+        if isinstance(given, dict) and all(str(k).startswith(prefix) for k in given):
+            given = {k.removeprefix(prefix): v for k, v in given.items()}
+    return given
+
+
+def _encoder_name(key: str, wanted: dict[str, Tensor]) -> str:
+    """The name that the encoder has for a published tensor; the same if it has none."""
+    names = (
+        key,
+        key.replace(".", "_", 1),  # timm's feature extractors call a classifier's `stages.0` so
+        f"vit.{key}",
+        key.replace("stem.7.", "bn1.").replace("stem.", "conv1."),  # MMSegmentation's deep stem
+    )
+    return next((name for name in names if name in wanted), key)
+
+
 def _unused_parameters(net: nn.Module) -> set[str]:
     """Names of the encoder's modules whose parameters reach no output."""
     training = net.encoder.training
     net.encoder.eval()
     with torch.enable_grad():
-        sum(f.sum() for f in net.encoder(torch.zeros(1, 3, 64, 64))).backward()
+        sum(f.sum() for f in net.encode(torch.zeros(1, 3, 64, 64))).backward()
     unused = {n.rsplit(".", 1)[0] for n, p in net.encoder.named_parameters() if p.grad is None}
     net.encoder.zero_grad(set_to_none=True)
     net.encoder.train(training)
