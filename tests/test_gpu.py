@@ -48,7 +48,7 @@ def test_losses_agree_with_the_cpu(tiny, method):
             valid = torch.ones(4, 32, 32, dtype=torch.bool)
             move = lambda x, device=device: x.to(device)  # noqa: E731
             views = (move(strong),) * built.strong_views
-            batch = Batch(move(image), move(label), move(weak), views, move(valid))
+            batch = Batch(move(image), move(label), move(weak), views, move(valid), move(strong))
             torch.manual_seed(0)
             minimizer.begin(Clock(0, 1, 1))
             step = built.step(batch, Clock(0, 1, 1), minimizer)
