@@ -1,0 +1,101 @@
+"""Numbers as others printed them: book/published/<source>.csv, digits kept as text.
+
+Flags: lost (not in the text we have), reconstructed (garbled there, recovered from what surrounds
+it), copied (another work's number), suspicious (something else contradicts it); the note says why.
+"""
+
+import csv
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from .records import HERE
+from .tables import Table
+
+PUBLISHED = HERE / "book" / "published"
+NUMBER, FLAGS = r"(\d+(\.\d+)?)?", "|lost|suspicious|copied|reconstructed"
+VALID = {"value": NUMBER, "std": NUMBER, "epoch": "best|last|unstated", "flag": FLAGS, "note": ".*"}
+ROW = ("method", "network", "dataset", "split_family", "epoch", "quantity", "table", "source")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One printed number. ValueError for a field that VALID forbids or a flag that lacks a note."""
+
+    source: str  # key of references.bib
+    table: str  # where it stands there
+    method: str
+    dataset: str
+    split_family: str  # which lists of this length, or unstated
+    labels: str  # labelled images; the printed fraction where their list is not known
+    network: str
+    quantity: str
+    value: str
+    std: str
+    epoch: str
+    flag: str
+    note: str
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if not re.fullmatch(valid := VALID.get(name, ".+"), text):
+                raise ValueError(f"{name} {text!r} does not match {valid}")
+        if (self.flag == "lost") == bool(self.value) or bool(self.std) > bool(self.value):
+            raise ValueError(
+                f"value {self.value!r}, flag {self.flag!r}: lost, and it alone, has none"
+            )
+        if self.flag and not self.note:
+            raise ValueError(f"flag {self.flag!r} without a note that says why")
+
+
+def load(source=None, table=None, dataset=None, split_family=None, method=None) -> list[Cell]:
+    """The cells that agree with what is given. ValueError: a malformed row, or no cell at all."""
+    wanted, cells = {k: v for k, v in locals().items() if v is not None}, []
+    for file in sorted(PUBLISHED.glob("*.csv")):
+        rows = csv.reader(file.read_text("utf8").splitlines())
+        if next(rows, None) != (names := [f.name for f in fields(Cell)]):
+            raise ValueError(f"{file}: the first line is not {','.join(names)}")
+        for row in rows:
+            try:
+                cells.append(Cell(*row))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}, line {rows.line_num}: {error}") from None
+    if not (found := [c for c in cells if wanted.items() <= vars(c).items()]):
+        known = "; ".join(f"{k}: {', '.join({vars(c)[k]: 0 for c in cells})}" for k in wanted)
+        raise ValueError(f"nothing published has {wanted}; known are {known}")
+    return found
+
+
+@dataclass(frozen=True)
+class Noted(Table):
+    """A table with notes under it."""
+
+    notes: Sequence[str] = ()
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+
+    def __repr__(self) -> str:
+        return "\n".join([super().__repr__(), *self.notes])
+
+
+def pivot(cells: Sequence[Cell], caption: str = "") -> Noted:
+    """Methods by label counts in the order of `cells`; what else differs has a column too.
+
+    [1] is a flag or note, listed below. ValueError where two cells share a place: select fewer.
+    """
+    shown = [k for k in ROW if k == "method" or len({vars(c)[k] for c in cells}) > 1]
+    labels, notes = list(dict.fromkeys(c.labels for c in cells)), []
+    rows: dict[tuple, dict[str, str]] = {}
+    for c in cells:
+        row = rows.setdefault(tuple(vars(c)[k] for k in shown), {})
+        if c.labels in row:
+            raise ValueError(f"two cells for {c.method} with {c.labels} labels in {c.source}")
+        row[c.labels] = (c.value or "lost") + (f" ± {c.std}" if c.std else "")
+        if c.note:
+            note = f"{c.flag}: {c.note}" if c.flag else c.note
+            notes += [note] if note not in notes else []
+            row[c.labels] += f" [{notes.index(note) + 1}]"
+    body = [[*key, *(row.get(n, "") for n in labels)] for key, row in rows.items()]
+    return Noted([*shown, *labels], body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
