@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jsonargparse
@@ -261,12 +263,21 @@ def methods(arguments: list[str]) -> int:
         raise ValueError(f"method={options.name!r}: choose one of {', '.join(METHODS)}")
     kind = METHODS[options.name]
     print(f"{inspect.getdoc(sys.modules[kind.__module__])}\n\n{inspect.getdoc(kind)}\n")
-    for p in inspect.signature(kind).parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            print(f"{p.name}: {p.annotation} = {p.default!r}")
+    for name, (type_, default, meaning) in kind.hyper_parameters().items():
+        print(f"{name}: {_type_text(type_)} = {default!r}\n    {meaning}")
     for preset, values in kind.presets.items():
         print(f"preset {preset}:", ", ".join(f"{k}={v!r}" for k, v in values.items()) or "defaults")
     return 0
+
+
+def _type_text(kind: object) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        low, high = arguments[1]
+        return f"{arguments[0].__name__} from {low}" + (f" to {high}" if high < math.inf else "")
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    return getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
 
 
 def protocols(arguments: list[str]) -> int:

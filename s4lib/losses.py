@@ -6,6 +6,8 @@ gradient, does not depend on how many processes share the batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,33 @@ def soft_ce(logits: Tensor, probs: Tensor, *, keep: Tensor) -> Tensor:
     return _mean(torch.where(keep, loss, 0), keep)
 
 
+def weighted_ce(
+    logits: Tensor, label: Tensor, confidence: Tensor, threshold: float, how: str
+) -> Tensor:
+    """Cross-entropy with pseudo-labels, scaled by how many of them are sure, a 0-d tensor.
+
+    Args:
+        logits, label: as of `ce`.
+        confidence: (B, H, W); at least `threshold` is sure.
+        how: "none", mean over valid pixels; "pixel", the same with zero for unsure ones; "batch",
+            times the sure share of this process's pixels (ClassMix@aa852919, dual-teacher@868e6e79
+            compute_classmix); "image", times that of the pixel's image, and the mean is over pixels
+            with a loss above zero (dual-teacher@868e6e79 compute_unsupervised_loss).
+
+    Raises:
+        ValueError: unknown `how`.
+    """
+    one_of("how", how, "none", "pixel", "batch", "image")
+    valid = label != IGNORE
+    sure = valid & (confidence >= threshold)
+    if how == "image":
+        share = sure.sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
+        each = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+        return _mean(each * share, each > 0)
+    loss = ce(logits, label, keep=sure if how == "pixel" else None, over="valid")
+    return loss * sure.sum() / valid.sum().clamp(min=1) if how == "batch" else loss
+
+
 def ohem(logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 100_000) -> Tensor:
     """Cross-entropy over hard pixels: those whose true class has at most `threshold` probability,
     and in any case the `min_kept` hardest of this process (online hard example mining).
@@ -72,6 +101,33 @@ def ohem(logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 
         true = torch.where(valid, true, 1.0)  # so that too few valid pixels keep them all
         cut = true.flatten().kthvalue(max(min_kept, 1)).values.clamp(min=threshold)
     return ce(logits, label, keep=true <= cut)
+
+
+@torch.no_grad()
+def ignore_unsure(label: Tensor, confidence: Tensor, drop: float) -> tuple[Tensor, Tensor]:
+    """(label, confidence) with IGNORE and 0 at the `drop` share of least confident pixels.
+
+    All (B, H, W). The threshold is their quantile, linearly interpolated, over this process's
+    pixels that are not IGNORE yet; what equals it goes too (GTA-Seg, eq. 2).
+    """
+    valid = label != IGNORE
+    threshold = torch.where(valid, confidence, math.nan).nanquantile(drop)
+    unsure = valid & (confidence <= threshold)
+    return torch.where(unsure, IGNORE, label), torch.where(unsure, 0, confidence)
+
+
+@torch.no_grad()
+def confidence_weight(label: Tensor, confidence: Tensor, how: str, normaliser: str) -> Tensor:
+    """(B, H, W) weights with mean 1 over pixels that are not IGNORE (GTA-Seg, eq. 6).
+
+    `how`: "laplace", confidence + 1; "confidence" alone; or "none", all equal. With `normaliser`
+    "all" the ignored pixels add their confidence + 1 to the sum, which weakens the loss (GTA-Seg's
+    code); "inv_kept" divides by the kept share, which strengthens it (its code without weights).
+    """
+    times, plus = {"none": (0, 1), "confidence": (1, 0), "laplace": (1, 1)}[how]
+    raw, keep = times * confidence + plus, label != IGNORE
+    total = (raw if normaliser == "all" else raw * keep).sum().clamp(min=1e-6)
+    return raw / total * (keep.numel() if normaliser == "inv_kept" else keep.sum())
 
 
 def mse(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -10,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import one_of
+from .config import checked, one_of
 from .losses import ce
 
 
@@ -60,12 +63,25 @@ class Clock:
 Minimize = Callable[..., bool]
 
 
+class HyperParameter(NamedTuple):
+    kind: object  # its type
+    default: object  # the paper's value
+    meaning: str
+
+
 class Method(nn.Module):
     """Its children are its networks, `step` is how they learn, `forward` is what is deployed.
 
-    Subclasses take `build` (a function that returns a fresh `SegNet`; keyword arguments change the
-    configured ones) and keyword-only hyper-parameters whose defaults are the paper's values.
+    Hyper-parameters are annotated class attributes, one line each: name, type, the paper's value,
+    and a comment that says what it means and where it stands. `presets` hold other sets of values.
     Anything remembered between steps must be a buffer, so that `state_dict` is the whole state.
+
+        class Example(Method):
+            weight: float = 1.0  # of the unlabeled loss (eq. 3)
+            cons: Literal["mse", "ce"] = "mse"  # between softmax maps, or with pseudo-labels
+
+            def setup(self, build):
+                self.student = build()
     """
 
     strong_views: int = 0  # strong versions wanted of each unlabeled crop
@@ -79,6 +95,39 @@ class Method(nn.Module):
     batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(ce)  # supervised loss: ce or ohem
+
+    def __init__(self, build: Callable[..., nn.Module], **changes):
+        """`build()` returns a fresh `SegNet`; `changes` are hyper-parameters.
+
+        Raises:
+            ValueError: unknown hyper-parameter, or a value that is none of its valid ones.
+        """
+        super().__init__()
+        known = self.hyper_parameters()
+        for name in changes.keys() - known.keys():
+            has = ", ".join(known) or "none"
+            raise ValueError(f"unknown hyper-parameter {name!r}: {type(self).__name__} has {has}")
+        for name, given in known.items():
+            setattr(self, name, checked(name, changes.get(name, given.default), given.kind))
+        self.setup(build)
+
+    def setup(self, build: Callable[..., nn.Module]) -> None:
+        """Make the networks, as children."""
+        raise TypeError(f"{type(self).__name__} does not define setup")
+
+    @classmethod
+    def hyper_parameters(cls) -> dict[str, HyperParameter]:
+        """Of this class, by name, in their order."""
+        kinds, found, above = typing.get_type_hints(cls, include_extras=True), {}, []
+        for line in inspect.getsource(cls).splitlines():
+            comment = re.fullmatch(r"    # (.*)", line)
+            name = re.match(r"    (\w+): ", line)
+            if name and name[1] in cls.__annotations__:
+                after = re.search(r"  # (.*)", line)
+                meaning = " ".join([*above, *([after[1]] if after else [])])
+                found[name[1]] = HyperParameter(kinds[name[1]], getattr(cls, name[1]), meaning)
+            above = [*above, comment[1]] if comment else []
+        return found
 
     def step(self, batch: Batch, clock: Clock, minimize: Minimize) -> dict[str, Tensor]:
         """Learn from one batch; return detached 0-d tensors to log."""

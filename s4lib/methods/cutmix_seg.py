@@ -13,9 +13,10 @@ only.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from ..config import one_of
 from ..losses import ce, mse, pseudo_label
 from ..method import Method, ema, frozen_copy, joint
 from ..mixing import cutmix
@@ -23,19 +24,18 @@ from ..schedules import ramp_up, warm_decay
 
 
 class CutMixSeg(Method):
-    """Consistency under CutMix with an EMA teacher.
+    """Consistency under CutMix with an EMA teacher."""
 
-    Args:
-        cons: "mse" between softmax maps (French et al.) or "ce" with the teacher's pseudo-labels.
-        threshold: confidence that counts as sure.
-        weight: factor of the consistency loss after its ramp-up.
-        decay: of the EMA; in the first steps it is 1 - 1/(step + 1), where that is smaller.
-        ramp: share of the training over which the weight rises; 0 for none, as the paper.
-        area_min, area_max: bounds of the box's share of the image.
-        buffers: what the EMA does with BN statistics: "copy", "ema" or "keep".
-        teacher_mode: "eval" normalises the teacher by running statistics, "train" by the batch.
-        view: what is mixed and shown to the student, "strong" (photometric noise) or "weak".
-    """
+    cons: Literal["mse", "ce"] = "mse"  # between softmax maps (the paper), or with pseudo-labels
+    threshold: float = 0.97  # confidence that counts as sure
+    weight: float = 1.0  # of the consistency loss after its ramp-up
+    decay: float = 0.99  # of the EMA; at first 1 - 1/(step + 1), where that is smaller
+    ramp: float = 0.0  # share of the training over which the weight rises; 0 for none, as the paper
+    area_min: float = 0.5  # lower bound of the share of the image that the box has
+    area_max: float = 0.5  # its upper bound
+    buffers: Literal["copy", "ema", "keep"] = "ema"  # what the EMA does with BN statistics
+    teacher_mode: Literal["eval", "train"] = "eval"  # normalises by running statistics, or batch's
+    view: Literal["strong", "weak"] = "strong"  # is mixed and shown to the student
 
     strong_views = 1
     presets = {
@@ -51,34 +51,13 @@ class CutMixSeg(Method):
         },
     }
 
-    def __init__(
-        self,
-        build,
-        *,
-        cons: str = "mse",
-        threshold: float = 0.97,
-        weight: float = 1.0,
-        decay: float = 0.99,
-        ramp: float = 0.0,
-        area_min: float = 0.5,
-        area_max: float = 0.5,
-        buffers: str = "ema",
-        teacher_mode: str = "eval",
-        view: str = "strong",
-    ):
-        super().__init__()
+    def setup(self, build):
         self.student = build()
         self.teacher = frozen_copy(self.student)
-        one_of("teacher_mode", teacher_mode, "eval", "train")
-        self.batch_statistics = ("teacher",) if teacher_mode == "train" else ()
-        self.cons = one_of("cons", cons, "mse", "ce")
-        self.threshold, self.weight, self.decay, self.ramp = threshold, weight, decay, ramp
-        self.area = (area_min, area_max)
-        self.buffers = one_of("buffers", buffers, "copy", "ema", "keep")
-        self.view = one_of("view", view, "strong", "weak")
+        self.batch_statistics = ("teacher",) if self.teacher_mode == "train" else ()
 
     def step(self, batch, clock, minimize):
-        mix = cutmix(batch.weak, self.area)
+        mix = cutmix(batch.weak, (self.area_min, self.area_max))
         with torch.no_grad():
             logits_t = mix(self.teacher(batch.weak))
         valid = mix(batch.valid)

@@ -12,11 +12,12 @@ length: here a share of the epochs, to suit short trainings; 5 of CPS's 34 on VO
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from .. import distributed
-from ..config import one_of
 from ..losses import ce, soft_ce
 from ..method import Method
 from ..mixing import cutmix_xor
@@ -24,17 +25,20 @@ from ..schedules import gaussian, gps_printed
 
 
 class GPS(Method):
-    """Guided, cross and feedback pseudo supervision.
+    """Guided, cross and feedback pseudo supervision."""
 
-    Args:
-        alpha, beta, gamma: their weights: for VOC; Cityscapes has 1, 5, 1 (Table 1).
-        teacher_share: share of the epochs, rounded, in which the teacher learns alone; 0 for none.
-        ramp: of gamma: "k5" or "k1", exp(-k (1 - e/E)^2), or "literal", exp(-1 - e/E)^2.
-        latch: whether the ramp ends, at 1, once the students fit the labels as the teacher does.
-        feedback: "hard" pseudo-labels for the teacher or "soft" probabilities.
-        cutmix: mix the unlabeled images and their labels, as CPS with CutMix.
-        deploy: "students.0", "students.1", "teacher", or "ensemble", the mean of both students.
-    """
+    alpha: float = 0.5  # weight of guided pseudo supervision; 1 on Cityscapes (Table 1)
+    beta: float = 1.5  # of cross pseudo supervision; 5 on Cityscapes
+    gamma: float = 0.5  # of feedback pseudo supervision; 1 on Cityscapes
+    # Share of the epochs, rounded, in which the teacher learns alone (lines 5-14); 0 for none.
+    teacher_share: float = 0.15
+    # Of gamma (line 4): exp(-k (1 - e/E)^2), or exp(-1 - e/E)^2, as printed.
+    ramp: Literal["k5", "k1", "literal"] = "k5"
+    latch: bool = True  # the ramp ends, at 1, once the students fit the labels as the teacher does
+    feedback: Literal["hard", "soft"] = "hard"  # the teacher learns from labels or probabilities
+    cutmix: bool = False  # mix the unlabeled images and their labels, as CPS with CutMix
+    # Which network is the result; the ensemble is the mean of both students.
+    deploy: Literal["students.0", "students.1", "teacher", "ensemble"] = "students.0"
 
     presets = {
         "paper": {},
@@ -42,29 +46,11 @@ class GPS(Method):
         "cutmix": {"cutmix": True},
     }
 
-    def __init__(
-        self,
-        build,
-        *,
-        alpha: float = 0.5,
-        beta: float = 1.5,
-        gamma: float = 0.5,
-        teacher_share: float = 0.15,
-        ramp: str = "k5",
-        latch: bool = True,
-        feedback: str = "hard",
-        cutmix: bool = False,
-        deploy: str = "students.0",
-    ):
-        super().__init__()
-        if not 0 <= teacher_share < 1:
-            raise ValueError(f"teacher_share={teacher_share}: choose 0 or more, and less than 1")
+    def setup(self, build):
+        if not 0 <= self.teacher_share < 1:
+            raise ValueError(f"teacher_share={self.teacher_share}: choose at least 0, less than 1")
         self.students, self.teacher = nn.ModuleList([build(), build()]), build()
-        self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.share, self.latch, self.cutmix = teacher_share, latch, cutmix
-        self.ramp = one_of("ramp", ramp, "k5", "k1", "literal")
-        self.hard = one_of("feedback", feedback, "hard", "soft") == "hard"
-        self.deployed = one_of("deploy", deploy, *self.networks(), "ensemble")
+        self.deployed = self.deploy
         self.register_buffer("sums", torch.zeros(2))  # of an epoch's L_s and L_t
         self.register_buffer("caught_up", torch.tensor(False))
 
@@ -89,7 +75,7 @@ class GPS(Method):
         sup = self.criterion(self.teacher(batch.image), batch.label)  # 29, 33
         with torch.no_grad():
             probs = mix(self.mean_probs(batch.weak))  # 30, 31
-        target, loss = (probs.argmax(1), ce) if self.hard else (probs, soft_ce)
+        target, loss = (probs.argmax(1), ce) if self.feedback == "hard" else (probs, soft_ce)
         fps = loss(self.teacher(mixed), target, keep=valid)  # 34
         x = (clock.epoch - self.alone(clock)) / (clock.epochs - self.alone(clock))  # e / epoch
         w = gps_printed(x) if self.ramp == "literal" else gaussian(x, 5 if self.ramp == "k5" else 1)
@@ -103,7 +89,8 @@ class GPS(Method):
         return {name: value.detach() for name, value in losses.items()} | {"weight": weight}
 
     def alone(self, clock):
-        return min(max(1, round(self.share * clock.epochs)), clock.epochs - 1) if self.share else 0
+        epochs = max(1, round(self.teacher_share * clock.epochs))
+        return min(epochs, clock.epochs - 1) if self.teacher_share else 0
 
     def schedule(self, child, clock):
         return clock.phase(self.alone(clock)).progress

@@ -14,26 +14,27 @@ before the student's update, here after.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from ..config import one_of
 from ..losses import mse
 from ..method import Method, ema, frozen_copy, joint
 from ..schedules import ramp_up, warm_decay
 
 
 class MeanTeacher(Method):
-    """Consistency between a student and the moving average of its weights.
+    """Consistency between a student and the moving average of its weights."""
 
-    Args:
-        weight: factor of the consistency loss (mean over classes and pixels) after its ramp-up. The
-            paper's 100 is for its own loss scale and schedule; 5 was chosen on mosaic-32.
-        decay: of the EMA; in the first steps it is 1 - 1/(step + 1), where that is smaller.
-        ramp: share of the training over which the weight rises; 0 for none.
-        buffers: what the EMA does with BN statistics: "copy", "ema" or "keep".
-        teacher_mode: "eval" normalises the teacher by running statistics, "train" by the batch.
-        views: "noise" (each network its own), "colour" (photometric, student only) or "same".
-    """
+    # Of the consistency loss (mean over classes and pixels) after its ramp-up. The paper's 100 is
+    # for its own loss scale and schedule; 5 was chosen on mosaic-32.
+    weight: float = 5.0
+    decay: float = 0.99  # of the EMA; at first 1 - 1/(step + 1), where that is smaller (eq. 3)
+    ramp: float = 0.2  # share of the training over which the weight rises; 0 for none
+    buffers: Literal["copy", "ema", "keep"] = "keep"  # what the EMA does with BN statistics
+    teacher_mode: Literal["eval", "train"] = "train"  # normalises by running statistics, or batch's
+    # Noise on each network's own view, photometric changes of the student's, or none of either.
+    views: Literal["noise", "colour", "same"] = "colour"
 
     presets = {
         "paper": {},
@@ -41,27 +42,12 @@ class MeanTeacher(Method):
         "code": {"weight": 100.0, "ramp": 0.0, "views": "same"},
     }
 
-    def __init__(
-        self,
-        build,
-        *,
-        weight: float = 5.0,
-        decay: float = 0.99,
-        ramp: float = 0.2,
-        buffers: str = "keep",
-        teacher_mode: str = "train",
-        views: str = "colour",
-    ):
-        super().__init__()
+    def setup(self, build):
         self.student = build()
         self.teacher = frozen_copy(self.student)
-        one_of("teacher_mode", teacher_mode, "eval", "train")
-        self.batch_statistics = ("teacher",) if teacher_mode == "train" else ()
-        self.weight, self.decay, self.ramp = weight, decay, ramp
-        self.buffers = one_of("buffers", buffers, "copy", "ema", "keep")
-        one_of("views", views, "noise", "colour", "same")
-        self.strong_views = {"noise": 2, "colour": 1, "same": 0}[views]
-        self.family = "noise" if views == "noise" else "colour"
+        self.batch_statistics = ("teacher",) if self.teacher_mode == "train" else ()
+        self.strong_views = {"noise": 2, "colour": 1, "same": 0}[self.views]
+        self.family = "noise" if self.views == "noise" else "colour"
 
     def step(self, batch, clock, minimize):
         # Both strong views if there are two, else the weak one for the teacher, or for both.

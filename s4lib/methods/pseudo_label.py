@@ -15,20 +15,16 @@ from ..schedules import ramp_up
 
 
 class PseudoLabel(Method):
-    """Pseudo-labels of the network itself, optionally above a confidence threshold.
+    """Pseudo-labels of the network itself, optionally above a confidence threshold."""
 
-    Args:
-        threshold: confidence from which a pixel is kept; 0 keeps all, as the paper.
-        weight: factor of the unlabeled loss after its ramp-up.
-        ramp: share of the training over which the weight rises.
-    """
+    threshold: float = 0.0  # confidence from which a pixel is kept; 0 keeps all, as the paper
+    weight: float = 1.0  # of the unlabeled loss after its ramp-up
+    ramp: float = 0.2  # share of the training over which the weight rises
 
     presets = {"paper": {}, "confident": {"threshold": 0.9}}
 
-    def __init__(self, build, *, threshold: float = 0.0, weight: float = 1.0, ramp: float = 0.2):
-        super().__init__()
+    def setup(self, build):
         self.student = build()
-        self.threshold, self.weight, self.ramp = threshold, weight, ramp
 
     def step(self, batch, clock, minimize):
         logits, logits_u = joint(self.student, batch.image, batch.weak)

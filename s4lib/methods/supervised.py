@@ -15,8 +15,7 @@ class Supervised(Method):
 
     uses_unlabeled = False
 
-    def __init__(self, build):
-        super().__init__()
+    def setup(self, build):
         self.student = build()
 
     def step(self, batch, clock, minimize):
