@@ -79,6 +79,21 @@ def shared():
     return find
 
 
+@pytest.fixture
+def golden(shared):
+    """Numeric arrays of a file of ../shared/reference/golden, as tensors."""
+
+    def load(name: str) -> dict:
+        with np.load(shared("reference", "golden", name)) as arrays:
+            return {
+                key: torch.from_numpy(np.asarray(arrays[key]))
+                for key in arrays.files
+                if arrays[key].dtype.kind in "iufb"
+            }
+
+    return load
+
+
 def equal(a: object, b: object) -> bool:
     """Bit-equality of nested containers of tensors."""
     if isinstance(a, torch.Tensor):

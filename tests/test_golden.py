@@ -28,21 +28,6 @@ GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
 
 
 @pytest.fixture
-def golden(shared):
-    """The arrays of a file: floats and labels as tensors where they are not float64."""
-
-    def load(name: str) -> dict:
-        with np.load(shared("reference", "golden", name)) as arrays:
-            return {
-                key: torch.from_numpy(np.asarray(arrays[key]))
-                for key in arrays.files
-                if arrays[key].dtype.kind in "iufb"
-            }
-
-    return load
-
-
-@pytest.fixture
 def replay(monkeypatch):
     """Make the next calls of `owner.name`, say torch.rand, return recorded draws."""
 
