@@ -53,8 +53,8 @@ def build_method(config: Config, classes: int) -> Method:
     torch.manual_seed(config.seed)
 
     def build(**changes) -> SegNet:
-        given = {**config.net_args, **changes}
-        return build_net(config.net, classes, weights=config.weights, **given)
+        given = {"weights": config.weights, **config.net_args, **changes}
+        return build_net(config.net, classes, **given)
 
     method = kind(build, **arguments)
     if config.sup_loss == "ohem":
