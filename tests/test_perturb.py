@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,10 +148,8 @@ def test_half_precision_features_give_the_direction_of_the_same_numbers_in_float
     assert cosine(r, reference(half, start, nets, xi=0.1, norm="sample")) > 0.99
 
 
-def golden(shared) -> tuple[dict[str, torch.Tensor], list[Net]]:
-    with np.load(shared("reference", "golden", "psmt_vat.npz")) as found:
-        g = {key: torch.from_numpy(np.asarray(found[key])) for key in found.files}
-    nets = []
+def measured(golden) -> tuple[dict[str, torch.Tensor], list[Net]]:
+    g, nets = golden("psmt_vat.npz"), []
     for name in ("dec1", "dec2"):
         net = Net(classifier())
         net.classifier.load_state_dict({k: g[f"{name}.{k}"] for k in net.classifier.state_dict()})
@@ -163,9 +160,9 @@ def golden(shared) -> tuple[dict[str, torch.Tensor], list[Net]]:
 RELEASED = {"noise": "uniform", "floor": 1e-8}
 
 
-def test_t_vat_is_that_of_ps_mt(shared, monkeypatch):
+def test_t_vat_is_that_of_ps_mt(golden, monkeypatch):
     """psmt_vat.npz at xi 0.1: 2e-4 with its floor under lengths; without, the direction."""
-    g, nets = golden(shared)
+    g, nets = measured(golden)
     starting_from(monkeypatch, g["rand_u01"])
     ours = adversarial(g["features"], nets, SIZE, **RELEASED)
     torch.testing.assert_close(ours, g["r_f32_xi1em1"], rtol=2e-4, atol=1e-6)
@@ -181,9 +178,9 @@ def test_t_vat_is_that_of_ps_mt(shared, monkeypatch):
     assert cosine(ours, g["r_f64_xi1em3_it3"]) > 0.9999
 
 
-def test_released_xi_and_floor_leave_little_but_rounding_noise(shared, monkeypatch):
+def test_released_xi_and_floor_leave_little_but_rounding_noise(golden, monkeypatch):
     """xi 1e-6: far shorter than eps 2, and not along eq. 1; with xi 0.1 it is both."""
-    g, nets = golden(shared)
+    g, nets = measured(golden)
     starting_from(monkeypatch, g["rand_u01"])
     released = adversarial(g["features"], nets, SIZE, xi=1e-6, **RELEASED)
     assert 0 < lengths(released).max() < 1e-3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import equal
@@ -78,15 +77,6 @@ class Update:
 
 
 @pytest.fixture
-def arrays(shared):
-    def load(name: str) -> dict[str, torch.Tensor]:
-        with np.load(shared("reference", "golden", name)) as found:
-            return {key: torch.from_numpy(np.asarray(found[key])) for key in found.files}
-
-    return load
-
-
-@pytest.fixture
 def method(tiny):
     """A method on the tiny network, by preset and hyper-parameters."""
 
@@ -122,9 +112,9 @@ def test_eq_conf_ce_weighs_by_confidence_and_divides_by_the_number_kept():
 
 
 @pytest.mark.parametrize("ramp", ["gaussian", "cosine"])
-def test_eq_total_loss_ramps_up_over_twelve_epochs_after_the_warm_up(arrays, ramp):
+def test_eq_total_loss_ramps_up_over_twelve_epochs_after_the_warm_up(golden, ramp):
     """psmt_rampup.npz: 1.5 times the curve; sigmoid_rampup is the supplementary's Gaussian."""
-    g = arrays("psmt_rampup.npz")
+    g = golden("psmt_rampup.npz")
     curve = g[{"gaussian": "sigmoid_rampup_f64", "cosine": "cosine_rampup_f64"}[ramp]]
     weak = torch.ones(1, 3, 2, 2)
     for i in (0, 1, 37, 60, 119, 120, 149):
@@ -135,9 +125,9 @@ def test_eq_total_loss_ramps_up_over_twelve_epochs_after_the_warm_up(arrays, ram
         assert float(weight) == pytest.approx(float(curve[i]), abs=1e-6)
 
 
-def test_conf_ce_is_that_of_ps_mt(arrays):
+def test_conf_ce_is_that_of_ps_mt(golden):
     """psmt_semi_ce.npz: loss 1e-5, gradient 1e-4; three thresholds; nothing kept gives zero."""
-    g = arrays("psmt_semi_ce.npz")
+    g = golden("psmt_semi_ce.npz")
 
     def conf_ce(case: str, threshold: float):
         logits = g[f"{case}_student_logits"].clone().requires_grad_()
