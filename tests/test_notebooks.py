@@ -15,7 +15,9 @@ PROSE = [ROOT / "index.md", *sorted((ROOT / "book").glob("*.md"))]
 CELLS, CODE_LINES, DEF_LINES = 25, 120, 10
 REQUIRED = {"profile", "dataset", "data_root"}
 WORDS = re.compile(r"[a-z]{2,}(-[a-z0-9]+)*")
-DRAWS = re.compile(r"\bplots\.(?!use_style|as_colors)\w+\(|\bplt\.\w+\(|\.(plot|imshow|hist)\(")
+DRAWS = re.compile(
+    r"\b(plots|diagrams)\.(?!use_style|as_colors)\w+\(|\bplt\.\w+\(|\.(plot|imshow|hist)\("
+)
 RESULT = re.compile(r"\d+\.\d+\s*(%|points?\b|mIoU)|mIoU (of|=|is) \d")
 
 

@@ -1,0 +1,79 @@
+"""Drawings of who teaches whom: networks, data and losses as boxes, what passes between as arrows.
+
+diagrams.flow(
+    {"u": (0, 0, "unlabeled", "data"), "net": (1, 0, "network", "network")},
+    [("u", "net", "", "forward")],
+)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .config import one_of
+
+KINDS = {
+    "network": {"boxstyle": "round,pad=0.6", "facecolor": "#dbe6f6", "edgecolor": "#4a77c4"},
+    "data": {"boxstyle": "square,pad=0.5", "facecolor": "#f1f1ee", "edgecolor": "#8a8d92"},
+    "loss": {"boxstyle": "round,pad=0.5,rounding_size=1.2", "facecolor": "#f9dfe2"}
+    | {"edgecolor": "#d1495b"},
+    "note": {"boxstyle": "square,pad=0.2", "facecolor": "none", "edgecolor": "none"},
+}
+STYLES = {
+    "forward": ("forward pass", "#3b3f46", "-"),
+    "labels": ("labels", "#98631b", ":"),
+    "gradient": ("gradient", "#d1495b", "-"),
+    "ema": ("moving average", "#4a77c4", "--"),
+}
+INCHES = np.array([1.6, 0.95])  # of one unit to the right, and upwards
+
+
+def flow(
+    nodes: Mapping[str, tuple[float, float, str, str]], edges: Sequence[tuple[str, str, str, str]]
+) -> Figure:
+    """Boxes on a grid and arrows between them, with a legend where arrows are of several styles.
+
+    Args:
+        nodes: {id: (x, y, text, kind)}, y upwards; kind is network, data, loss, or note (no box).
+        edges: (from, to, text, style); style is forward, labels, gradient or ema. Several between
+            two nodes are bent apart.
+
+    Raises:
+        ValueError: unknown kind or style, or an edge to a node that is not there.
+    """
+    places = np.array([node[:2] for node in nodes.values()])
+    low, high = places.min(0) - 0.5, places.max(0) + 0.5
+    figure = plt.figure(figsize=(high - low) * INCHES, layout="none")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    axis.set_axis_off()
+    boxes, middle = {}, {"ha": "center", "va": "center"}
+    for name, (x, y, text, kind) in nodes.items():
+        look = KINDS[one_of("kind", kind, *KINDS)]
+        boxes[name] = axis.text(x, y, text, fontsize=9, bbox=look, zorder=2, **middle)
+    pairs = [frozenset(edge[:2]) for edge in edges]
+    for i, (start, end, text, style) in enumerate(edges):
+        _, color, line = STYLES[one_of("style", style, *STYLES)]
+        for name in (start, end):
+            one_of("node", name, *nodes)
+        beside = np.linspace(-0.13 * n, 0.13 * n, n) if (n := pairs.count(pairs[i])) > 1 else [0]
+        bend = beside[pairs[:i].count(pairs[i])] * (1 if start < end else -1)
+        a, b = (np.array(nodes[name][:2]) for name in (start, end))
+        arrow = {"arrowstyle": "-|>", "color": color, "linestyle": line, "linewidth": 1.5}
+        arrow |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 2, "shrinkB": 2}
+        arrow |= {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        # Above the boxes, whose sizes are known only when they have been drawn.
+        axis.annotate("", b, a, arrowprops=arrow, zorder=3)
+        dx, dy = (b - a) * INCHES
+        x, y = (a + b) / 2 + bend / 2 * np.array([dy, -dx]) / INCHES
+        white = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+        axis.text(x, y, text, fontsize=8, color=color, bbox=white, zorder=4, **middle)
+    used = [STYLES[s] for s in STYLES if s in {edge[3] for edge in edges}]
+    if len(used) > 1:
+        lines = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in used]
+        axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines))
+    return figure
