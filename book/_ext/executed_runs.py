@@ -84,9 +84,12 @@ def insert_under_title(cells: list[dict], name: str, text: str) -> None:
 
 
 def figure_apart(cell: dict) -> list[dict]:
-    """A cell that also prints, in two: its caption and number belong to the picture alone."""
+    """A cell that also prints, in two: its caption and number belong to the picture alone.
+
+    A slider (s4lib.interactive) is a picture too.
+    """
     outputs = cell.get("outputs", [])
-    pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
+    pictures = [o for o in outputs if is_picture(o.get("data", {}))]
     if "figure" not in cell["metadata"].get("mystnb", {}) or len(outputs) == len(pictures):
         return [cell]
     # The source is hidden, but must not be empty: a cell without source is left out of the page.
@@ -95,6 +98,12 @@ def figure_apart(cell: dict) -> list[dict]:
     rest = {k: v for k, v in cell["metadata"].items() if k != "mystnb"}
     said = [output for output in outputs if output not in pictures]
     return [{**cell, "metadata": rest, "outputs": said}, *([shown] if pictures else [])]
+
+
+def is_picture(data: dict) -> bool:
+    """Whether a MIME bundle is an image or a slider."""
+    page = "".join(data.get("text/html", ""))
+    return any(k.startswith("image/") for k in data) or page.startswith('<div class="s4-slider"')
 
 
 def readable(output: dict) -> bool:
