@@ -12,11 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .data.images import Images
 from .losses import IGNORE
+from .perturb import stochastic_depth
 from .records import Difference, paired
+from .schedules import warm_decay
 from .trained import Trained
 
 Curve = np.ndarray  # (points,)
@@ -141,6 +144,45 @@ def memory_age(decays: Sequence[float]) -> np.ndarray:
         age = decay * (age + 1)
         ages.append(age)
     return np.array(ages)
+
+
+def labelling_age(
+    steps: int, turn: int, teachers: int, decay: float, restarts: bool = False
+) -> np.ndarray:
+    """(S,) `memory_age` of the teacher whose turn it is; the others wait, and grow old.
+
+    Turns last `turn` steps. The decay's warm-up counts a teacher's own updates or, if it
+    `restarts`, those of the turn (Dual Teacher's slides and its released code).
+    """
+    each = []
+    for which in range(teachers):
+        decays = []
+        for number, since in (divmod(step, turn) for step in range(steps)):
+            k = since if restarts else number // teachers * turn + since
+            decays.append(warm_decay(decay, k) if number % teachers == which else 1.0)
+        each.append(memory_age(decays))
+    return np.choose(np.arange(steps) // turn % teachers, each)
+
+
+@torch.no_grad()
+def sub_models(net: nn.Module, image: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """A sub-model per normalised image (B, 3, H, W), see `stochastic_depth`, which drops at `rate`.
+
+    Returns:
+        (blocks that survive (B, blocks) bool in the network's order, labels (B, H, W) uint8).
+    """
+    kept = [torch.ones(len(image), 0, dtype=torch.bool)]
+
+    def note(part: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        before, after = (x.flatten(1).any(1, keepdim=True).cpu() for x in (inputs[0], out))
+        kept.append(after | ~before)  # a branch that says nothing anyhow is not skipped
+
+    with stochastic_depth(net, rate):
+        for part in net.modules():
+            if isinstance(part, DropPath):  # lives as long as this context, and its hook with it
+                part.register_forward_hook(note)
+        label = net(image).argmax(1)
+    return torch.cat(kept, 1), label.byte().cpu()
 
 
 def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:

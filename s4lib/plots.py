@@ -11,6 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -19,6 +20,9 @@ METHOD_COLORS = {
     "pseudo_label": "#98631b",
     "mean_teacher": "#4a77c4",
     "cutmix_seg": "#d1495b",
+    "dual_teacher": "#2f8f5b",
+    "single_teacher": "#7b5fb0",
+    "dual_student": "#d99a1e",
 }
 VOID_COLOR = (235, 235, 235)
 STYLE = {
@@ -108,6 +112,29 @@ def curves(
 ) -> Figure:
     """One thick mean line per name over thin lines of its runs; each run is (x, y)."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    _draw(axis, lines, palette)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    return figure
+
+
+def panels(
+    quantities: Mapping[str, Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]],
+    *,
+    xlabel: str = "step",
+    palette: Mapping[str, str] | None = None,
+) -> Figure:
+    """`curves` of several quantities side by side, of the same names: {y label: {name: runs}}."""
+    figure, axes = plt.subplots(1, len(quantities), figsize=(3 * len(quantities), 3), squeeze=False)
+    for axis, (ylabel, lines) in zip(axes[0], quantities.items(), strict=True):
+        _draw(axis, lines, palette)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=min(len(names[1]), 5))
+    return figure
+
+
+def _draw(axis: Axes, lines: Mapping, palette: Mapping[str, str] | None) -> None:
     for name, runs in lines.items():
         color = (palette or {}).get(name) or color_of(name)
         for x, y in runs:
@@ -123,9 +150,6 @@ def curves(
         axis.plot(
             [], [], color=color, label=name if len(runs) == 1 else f"{name} (mean of {len(runs)})"
         )
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend()
-    return figure
 
 
 def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)") -> Figure:

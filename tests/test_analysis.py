@@ -10,6 +10,8 @@ from s4lib.analysis import Predictions
 from s4lib.data import open_dataset
 from s4lib.losses import IGNORE
 from s4lib.method import ema, frozen_copy
+from s4lib.nets import build_net
+from s4lib.perturb import stochastic_depth
 from s4lib.schedules import warm_decay
 
 
@@ -100,6 +102,42 @@ def test_memory_age_is_the_mean_age_of_the_past_weights():
     expected = analysis.past_weights(decays) @ np.arange(29, -1, -1)
     assert analysis.memory_age(decays)[-1] == pytest.approx(expected)
     assert analysis.memory_age([0.0, 0.5, 0.0]).tolist() == [0, 0.5, 0]
+
+
+def test_labelling_age_of_one_teacher_is_its_memory_age():
+    decays = [warm_decay(0.8, step) for step in range(12)]
+    one = analysis.labelling_age(12, 3, 1, 0.8)
+    assert one.tolist() == analysis.memory_age(decays).tolist()
+
+
+def test_a_teacher_ages_while_it_waits_unless_its_turns_restart():
+    assert analysis.labelling_age(6, 1, 2, 0.5).tolist() == [0, 0, 1, 1, 1.5, 1.5]
+    assert analysis.labelling_age(6, 1, 2, 0.5, restarts=True).tolist() == [0] * 6
+    restarted = analysis.labelling_age(6, 3, 2, 0.9, restarts=True)
+    assert restarted.tolist() == pytest.approx([0, 0.5, 1] * 2)
+    assert analysis.labelling_age(12, 3, 2, 0.9)[6] == pytest.approx(0.75 * (1 + 4))
+
+
+def test_sub_models_skip_the_blocks_they_say():
+    torch.manual_seed(0)
+    net, image = build_net("light", 3).eval(), torch.randn(1, 3, 32, 32).expand(64, 3, 32, 32)
+    assert analysis.sub_models(net, image[:9], 0.9)[0].all()  # new branches are all zero
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.ones_(part.weight)
+    torch.manual_seed(1)
+    kept, label = analysis.sub_models(net, image, 0.6)
+    torch.manual_seed(1)
+    with stochastic_depth(net, 0.6), torch.no_grad():
+        assert torch.equal(label, net(image).argmax(1).byte())
+    assert kept.shape == (64, 4) and kept[:, 0].all()  # the first block is never skipped
+    assert kept.float().mean(0).tolist() == pytest.approx([1, 0.8, 0.6, 0.4], abs=0.15)
+    first = (kept == kept[0]).all(1)  # the same blocks, the same sub-model
+    assert 1 < first.sum() < 64 and (label[first] == label[0]).all()
+    assert (label[~first] != label[0]).flatten(1).any(1).float().mean() > 0.9
+    whole = net(image[:1]).argmax(1)
+    kept, label = analysis.sub_models(net, image[:1], 0)
+    assert kept.shape == (1, 0) and torch.equal(label, whole.byte())
 
 
 def test_paired_values_pair_by_position():
