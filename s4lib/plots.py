@@ -291,3 +291,38 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, xlabel: str) -
     figure.supxlabel(xlabel, fontsize=9)
     axes[0][-1].legend()
     return figure
+
+
+def as_heat(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: a picture in grey, reddened where `heat` (H, W) rises from 0 to 1."""
+    grey = np.asarray(picture).mean(-1, keepdims=True)
+    share = np.clip(np.asarray(heat), 0, 1)[..., None]
+    return ((1 - share) * grey + share * np.array([214, 40, 40])).astype(np.uint8)
+
+
+def clouds(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    colors: np.ndarray,
+    *,
+    columns: int = 3,
+) -> Figure:
+    """Points coloured by class, some of them starred: {title: (xy (N, 2), label (N,), star (N,))}.
+
+    All panels have the same axes. Of `classes` and their `colors` (K, 3), those seen have a legend.
+    """
+    lines = -(-len(panels) // columns)
+    size = (2.4 * columns, 2.4 * lines + 0.5)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    shades = np.asarray(colors) / 255
+    for axis, (title, (xy, label, star)) in zip(axes.flat, panels.items(), strict=False):
+        axis.scatter(*xy.T, s=3, c=shades[label], alpha=0.5, linewidths=0, rasterized=True)
+        style = {"marker": "*", "s": 30, "c": "#d62828", "edgecolors": "white", "linewidths": 0.4}
+        axis.scatter(*xy[star].T, **style, rasterized=True)
+        axis.set(title=title, xticks=[], yticks=[])
+    seen = sorted({int(k) for _, label, _ in panels.values() for k in label})
+    patches = [Patch(color=shades[k], label=classes[k]) for k in seen]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(seen), 6))
+    return figure
