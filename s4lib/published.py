@@ -7,10 +7,12 @@ it), copied (another work's number), suspicious (something else contradicts it);
 import csv
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from .records import HERE
+from .analysis import paired_values
+from .config import one_of
+from .records import HERE, summary
 from .tables import Table
 
 PUBLISHED = HERE / "book" / "published"
@@ -99,3 +101,30 @@ def pivot(cells: Sequence[Cell], caption: str = "") -> Noted:
             row[c.labels] += f" [{notes.index(note) + 1}]"
     body = [[*key, *(row.get(n, "") for n in labels)] for key, row in rows.items()]
     return Noted([*shown, *labels], body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
+
+
+def beside(
+    cells: Sequence[Cell], ours: Mapping[str, Mapping[int, float]], base: str, caption: str = ""
+) -> Noted:
+    """`pivot` of one column of numbers, with ours: {method: {label draw or seed: value}}.
+
+    Levels on other data do not compare, so each side has its difference to method `base`, ours
+    within common draws. What is not there is blank. ValueError: `base` or a method of `ours` is
+    not among `cells`, or these have several label counts.
+    """
+    table, printed = pivot(cells, caption), {c.method: c.value for c in cells}
+    for name in (base, *ours):
+        one_of("method", name, *printed)
+    if len(counts := {c.labels for c in cells}) > 1:
+        raise ValueError(f"cells of {len(counts)} label counts: select one")
+    rows = []
+    for row in table.rows:
+        value, mine = printed[row[0]], ours.get(row[0], {})
+        known = row[0] != base and value and printed[base]
+        gap = f"{float(value) - float(printed[base]):+.2f}" if known else ""
+        both = sorted(mine.keys() & ours.get(base, {}).keys()) if row[0] != base else []
+        pair = [[side[i] for i in both] for side in (mine, ours.get(base, {}))]
+        level = summary(mine.values()) if mine else ""
+        rows.append([*row, gap, level, len(mine) or "", paired_values(*pair) if both else ""])
+    header = [*table.header, "difference", "ours", "runs", "our difference"]
+    return Noted(header, rows, f"{caption} Differences are to: {base}.".strip(), table.notes)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from s4lib import published
-from s4lib.published import Cell, load, pivot
+from s4lib.published import Cell, beside, load, pivot
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}
@@ -247,3 +247,37 @@ def test_a_table_has_columns_for_what_differs_and_blanks_for_what_is_not_printed
 def test_two_cells_never_share_a_place():
     with pytest.raises(ValueError, match="two cells for GTA-Seg with 92 labels"):
         pivot(2 * load("jin2022", "1", method="GTA-Seg"))
+
+
+def test_our_numbers_stand_beside_with_differences_on_either_side():
+    names = {"no re-weighting": {0: 30.0, 1: 31.0}}
+    full = "confidence and Laplace smoothing"
+    ours = names | {full: {0: 31.0, 1: 33.0, 2: 80.0}}  # draw 2 has no partner
+    table = beside(load("jin2022", "9"), ours, full, "Table 9.")
+    assert table.header[-4:] == ["difference", "ours", "runs", "our difference"]
+    first, confidence, last = ([str(v) for v in row[-4:]] for row in table.rows)
+    assert first[:3] == ["-1.06", "30.5 ± 0.7", "2"] and first[3].startswith("-1.5 [")
+    assert confidence == ["-2.49", "", "", ""]  # not run
+    assert last == ["", "48.0 ± 27.7", "3", ""]
+    assert table.caption == f"Table 9. Differences are to: {full}."
+    assert table.notes == pivot(load("jin2022", "9")).notes
+
+
+def test_a_lost_number_has_no_difference():
+    lost = load("jin2022", "3")[0]
+    named = Cell(**{**asdict(lost), "method": "base", "value": "50.0", "flag": "", "note": ""})
+    table = beside([lost, named], {}, "base")
+    assert [row[-4] for row in table.rows] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("table", "ours", "base", "said"),
+    [
+        ("9", {}, "ours", "method='ours': choose no re-weighting or confidence or"),
+        ("9", {"GTA": {0: 1.0}}, "confidence", "method='GTA': choose"),
+        ("1", {}, "SupOnly", "cells of 5 label counts: select one"),
+    ],
+)
+def test_beside_names_what_is_wrong(table, ours, base, said):
+    with pytest.raises(ValueError, match=said):
+        beside(load("jin2022", table), ours, base)
