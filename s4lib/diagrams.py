@@ -1,8 +1,8 @@
 """Drawings of who teaches whom: networks, data and losses as boxes, what passes between as arrows.
 
 diagrams.flow(
-    {"u": (0, 0, "unlabeled", "data"), "net": (1, 0, "network", "network")},
-    [("u", "net", "", "forward")],
+    {"u": (0, 0, "unlabeled", "data"), "t": (1, 0, "teacher", "network")},
+    diagrams.arrows("u forward t: weak view"),
 )
 """
 
@@ -31,6 +31,21 @@ STYLES = {
     "ema": ("moving average", "#4a77c4", "--"),
 }
 INCHES = np.array([1.6, 0.95])  # of one unit to the right, and upwards
+
+
+def arrows(text: str) -> list[tuple[str, str, str, str]]:
+    """Edges for `flow` from "FROM style TO" or "FROM style TO: text", parted by semicolons.
+
+    Raises:
+        ValueError: an edge that does not read like that.
+    """
+    edges = []
+    for edge in filter(None, map(str.strip, text.split(";"))):
+        words, _, about = edge.partition(":")
+        if len(words := words.split()) != 3:
+            raise ValueError(f"edge {edge!r}: write FROM style TO, or FROM style TO: text")
+        edges.append((words[0], words[2], about.strip(), words[1]))
+    return edges
 
 
 def flow(

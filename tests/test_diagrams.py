@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
+from s4lib.diagrams import arrows as read
 from s4lib.diagrams import flow
 
 NODES = {
@@ -87,3 +88,10 @@ def test_wrong_input_is_named(nodes, edges, said):
     with pytest.raises(ValueError, match=said):
         flow(nodes, edges)
     plt.close("all")
+
+
+def test_edges_can_be_written_as_text():
+    text = "u forward teacher; teacher labels loss: pseudo-labels; student forward loss;"
+    assert read(text + "loss gradient student; student ema teacher") == EDGES
+    with pytest.raises(ValueError, match="edge 'u teacher': write FROM style TO"):
+        read("u forward teacher; u teacher")
