@@ -26,7 +26,7 @@ KINDS = {
 }
 STYLES = {
     "forward": ("forward pass", "#3b3f46", "-"),
-    "labels": ("labels", "#98631b", ":"),
+    "labels": ("labels", "#98631b", (0, (1.5, 1.5))),
     "gradient": ("gradient", "#d1495b", "-"),
     "ema": ("moving average", "#4a77c4", "--"),
 }
@@ -76,9 +76,10 @@ def flow(
         for name in (start, end):
             one_of("node", name, *nodes)
         beside = np.linspace(-0.13 * n, 0.13 * n, n) if (n := pairs.count(pairs[i])) > 1 else [0]
-        bend = beside[pairs[:i].count(pairs[i])] * (1 if start < end else -1)
         a, b = (np.array(nodes[name][:2]) for name in (start, end))
+        bend = beside[pairs[:i].count(pairs[i])] * (1 if tuple(a) < tuple(b) else -1)
         arrow = {"arrowstyle": "-|>", "color": color, "linestyle": line, "linewidth": 1.5}
+        arrow |= {"mutation_scale": 13}
         arrow |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 2, "shrinkB": 2}
         arrow |= {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
         # Above the boxes, whose sizes are known only when they have been drawn.
