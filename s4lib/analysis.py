@@ -16,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .data.images import Images
+from .evaluate import _groups
 from .losses import IGNORE
 from .perturb import stochastic_depth
 from .records import Difference, paired
@@ -48,14 +49,18 @@ class Predictions(NamedTuple):
 def predictions(
     model: Trained, images: Images, indices: Sequence[int], network: str = ""
 ) -> Predictions:
-    """Whole images through a trained network, the deployed one unless another is named."""
+    """Whole images through a trained network, the deployed one unless another is named.
+
+    Images of several sizes are padded to the largest, with a truth of IGNORE.
+    """
     parts = []
-    for first in range(0, len(indices), 32):
-        chunk = [images[i] for i in indices[first : first + 32]]
-        image, truth = map(torch.stack, zip(*chunk, strict=True))
+    for _, image, truth in _groups(images, indices, range(len(indices))):
         confidence, label = model.probs(image, network).max(1)
         parts.append((label.byte(), confidence, truth))
-    return Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    height, width = (max(truth.shape[side] for *_, truth in parts) for side in (1, 2))
+    pad = lambda x, value: F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1]), value=value)  # noqa: E731
+    columns = zip(zip(*parts, strict=True), (0, 0.0, IGNORE), strict=True)
+    return Predictions(*(torch.cat([pad(x, value) for x in column]) for column, value in columns))
 
 
 def precision_coverage(given: Predictions, thresholds: Iterable[float]) -> tuple[Curve, Curve]:

@@ -154,3 +154,12 @@ def test_predictions_of_a_trained_run(trained_run):
     assert found.label.shape == found.confidence.shape == found.truth.shape == (3, 32, 32)
     assert found.label.dtype == found.truth.dtype == torch.uint8
     assert float(found.confidence.min()) >= 1 / len(images.classes)
+
+
+def test_predictions_of_images_of_several_sizes_are_padded_with_void(trained_run):
+    model = trained.load(trained_run, device="cpu")
+    both = [open_dataset("mosaic", "val", size=(side, side))[0] for side in (32, 24)]
+    found, small = (analysis.predictions(model, both, indices) for indices in ([0, 1], [1]))
+    assert found.label.shape == (2, 32, 32) and not found.valid[1, 24:].any()
+    assert torch.equal(found.label[1, :24, :24], small.label[0])
+    assert found.wrong[1].sum() == small.wrong.sum() and found.valid[0].all()
