@@ -72,11 +72,12 @@ def grid(
     *,
     classes: Sequence[str] = (),
     colors: np.ndarray | None = None,
+    titles: Sequence[str] = (),
     height: float = 1.25,
 ) -> Figure:
     """Pictures in labelled rows: (H, W, 3) uint8 as they are, (H, W) maps in [0, 1] as heat.
 
-    `classes` and their `colors` (K, 3) add a legend below.
+    `classes` and their `colors` (K, 3) add a legend below; `titles` stand above the columns.
     """
     columns = max(map(len, rows.values()))
     first = next(iter(rows.values()))[0]
@@ -92,6 +93,8 @@ def grid(
             heat = picture.ndim == 2
             axis.imshow(picture, **({"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}))
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=8)
     if len(classes):
         patches = [
             Patch(color=np.array(c) / 255, label=name)
