@@ -93,3 +93,25 @@ def flow(
         lines = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in used]
         axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines))
     return figure
+
+
+def panels(
+    places: Mapping[str, tuple[float, float, str, str]], frameworks: Mapping[str, str]
+) -> Figure:
+    """Several frameworks side by side, {title: text for `arrows`}, a node at its place in each.
+
+    `places` are nodes as of `flow`; a framework shows those that its arrows touch. Raises
+    ValueError as `arrows` and `flow` do.
+    """
+    x, y, *_ = zip(*places.values(), strict=True)
+    left, right, top = min(x), max(x), max(y)
+    nodes, edges = {}, []
+    for i, (title, text) in enumerate(frameworks.items()):
+        shift = i * (right - left + 1)
+        nodes[title] = ((left + right) / 2 + shift, top + 0.6, title, "note")
+        for *ends, about, style in arrows(text):
+            for name in ends:
+                x, *others = places[one_of("node", name, *places)]
+                nodes[f"{name} {i}"] = (x + shift, *others)
+            edges.append((*(f"{name} {i}" for name in ends), about, style))
+    return flow(nodes, edges)

@@ -9,10 +9,11 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 
 from .analysis import paired_values
 from .config import one_of
-from .records import HERE, summary
+from .records import HERE, score, summary
 from .tables import Table
 
 PUBLISHED = HERE / "book" / "published"
@@ -101,6 +102,30 @@ def pivot(cells: Sequence[Cell], caption: str = "") -> Noted:
             row[c.labels] += f" [{notes.index(note) + 1}]"
     body = [[*key, *(row.get(n, "") for n in labels)] for key, row in rows.items()]
     return Noted([*shown, *labels], body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
+
+
+def above(
+    cells: Sequence[Cell], ours: Mapping[str, Sequence[dict]], protocol: str, caption: str = ""
+) -> Noted:
+    """`pivot`, and under it a row of mIoU per name in `ours`, blank where no record is of the list.
+
+    `protocol` is what the records must have been trained by, with * for the number of labels:
+    "voc-classic-*-gta_seg". (That may be off by one: some papers print 2645 for lists of 2646.)
+    """
+    table = pivot(cells, caption)
+    for name, records in ours.items():
+        row = [name]
+        for labels in table.header[1:]:
+            values = [
+                score(r)
+                for r in records
+                if labels.isdigit()
+                and fnmatch(r["config"]["protocol"], protocol)
+                and abs(r["config"]["labeled"] - int(labels)) <= 1
+            ]
+            row.append(summary(values) if values else "")
+        table.rows.append(row)
+    return table
 
 
 def beside(

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Annotation
 
 from s4lib.diagrams import arrows as read
-from s4lib.diagrams import flow
+from s4lib.diagrams import flow, panels
 
 NODES = {
     "u": (0, 1, "unlabeled", "data"),
@@ -95,3 +95,19 @@ def test_edges_can_be_written_as_text():
     assert read(text + "loss gradient student; student ema teacher") == EDGES
     with pytest.raises(ValueError, match="edge 'u teacher': write FROM style TO"):
         read("u forward teacher; u teacher")
+
+
+def test_panels_show_the_nodes_that_their_arrows_touch():
+    texts = {"(b)": "teacher labels student; student ema teacher", "(a)": "student labels student"}
+    figure = panels(NODES, {"one": "student forward loss", **texts})
+    at = sorted((t.get_text(), *t.get_position()) for t in figure.axes[0].texts if t.get_text())
+    plt.close(figure)
+    assert [place for place in at if place[0] in ("teacher", "student")] == [
+        ("student", 1, 0),
+        ("student", 4, 0),
+        ("student", 7, 0),
+        ("teacher", 4, 1),
+    ]
+    assert [place for place in at if "(" in place[0]] == [("(a)", 7, 2.6), ("(b)", 4, 2.6)]
+    with pytest.raises(ValueError, match="node='tutor': choose"):
+        panels(NODES, {"one": "tutor forward loss"})

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from s4lib import published
-from s4lib.published import Cell, beside, load, pivot
+from s4lib.published import Cell, above, beside, load, pivot
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}
@@ -281,3 +281,25 @@ def test_a_lost_number_has_no_difference():
 def test_beside_names_what_is_wrong(table, ours, base, said):
     with pytest.raises(ValueError, match=said):
         beside(load("jin2022", table), ours, base)
+
+
+def record(protocol: str, labeled: int, miou: float) -> dict:
+    networks = {"teacher": {"last": {"miou": miou}}}
+    config = {"protocol": protocol, "labeled": labeled}
+    return {"config": config, "deployed": "teacher", "networks": networks}
+
+
+def test_our_records_stand_under_the_column_of_their_list():
+    found = [
+        record("voc-u2pl-662-gta_seg", 662, 50.0),
+        record("voc-u2pl-662-gta_seg", 662, 52.0),
+        record("voc-u2pl-2646-gta_seg", 2646, 60.0),  # printed as 2645
+        record("voc-cps-1323-gta_seg", 1323, 70.0),  # another list
+        record("voc-u2pl-5291", 5291, 70.0),  # another recipe
+    ]
+    table = above(load("jin2022", "2"), {"paper": found, "code": []}, "voc-u2pl-*-gta_seg")
+    places = [table.header.index(labels) for labels in ("662", "1323", "2645", "5291")]
+    paper, code = table.rows[-2:]
+    assert [str(paper[i]) for i in places] == ["51.0 ± 1.4", "", "60.0", ""]
+    assert [str(value) for value in code] == ["code"] + [""] * (len(table.header) - 1)
+    assert len({len(row) for row in [table.header, *table.rows]}) == 1
