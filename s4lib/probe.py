@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import disagreement, predictions, weight_distance
+from .config import Config, one_of
 from .data.images import Images
 from .evaluate import evaluated
-from .method import Batch, Clock, Minimize
+from .method import Batch, Clock, Method, Minimize
 from .metrics import confusion, miou
 from .minimizer import Minimizer
 from .run_folder import snapshots
@@ -132,6 +133,33 @@ def probe_step(model: Trained, batch: Batch, image: Tensor | None = None) -> lis
             method.step(batch, clock, watch(minimizer, observe))
     look("end")
     return looks
+
+
+def reach(
+    method: Method, config: Config, batch: Batch, clock: Clock, child: str
+) -> dict[str, dict[str, float]]:
+    """How far each part of each network moves in a step that updates one child alone.
+
+    What the update of `child` reaches at once through averages and shared weights: the other
+    children's losses are computed, but not minimised. The step changes `method`.
+
+    Returns:
+        {network: {part: analysis.weight_distance, after to before}}, parts being encoder, decoder,
+        classifier.
+
+    Raises:
+        ValueError: `child` is no trainable child.
+    """
+    minimizer, before = Minimizer(method, config, batch.image.device), copy.deepcopy(method)
+    chosen = method.get_submodule(one_of("child", child, *minimizer.nets))
+    minimizer.begin(clock)
+    method.step(batch, clock, lambda loss, *nets: nets == (chosen,) and minimizer(loss, chosen))
+    found = {}
+    for name, net in method.networks().items():
+        old = before.get_submodule(name)
+        parts = zip(net.named_children(), old.children(), strict=True)
+        found[name] = {part: weight_distance(new, was) for (part, new), was in parts}
+    return found
 
 
 class Pair(NamedTuple):

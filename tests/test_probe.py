@@ -9,8 +9,9 @@ import torch
 from conftest import equal, tiny_config
 
 from s4lib import analysis, probe, records, runs, trained, trainer
-from s4lib.build import open_data
+from s4lib.build import build_method, open_data
 from s4lib.data import open_dataset
+from s4lib.method import Clock
 from s4lib.run_folder import RunFolder, snapshot, snapshots
 from s4lib.trainer import Run, fit
 
@@ -140,6 +141,27 @@ def test_the_end_of_a_run_gives_its_last_step_again_and_best_weights_none(gps, b
     assert len(probe.probe_step(trained.load(folder, "last", "cpu"), batch)) == 15
     with pytest.raises(ValueError, match="load 'last' or a snapshot"):
         probe.probe_step(trained.load(folder, "best", "cpu"), batch)
+
+
+def test_an_update_reaches_what_averages_and_ties_carry_on(tiny, batches):
+    def moved(**changes):
+        config = tiny(method="gta_seg", method_args={"student_decay": 0.5, **changes})
+        method = build_method(config, 8)
+        return probe.reach(method, config, batches[0], Clock(3, 2, 4), "assistant")
+
+    paper, tied = moved(), moved(tie_classifier=True)
+    assert paper["student"].keys() == {"encoder", "decoder", "classifier"}
+    assert min(paper["assistant"].values()) > 0
+    assert paper["student"]["encoder"] == pytest.approx(paper["assistant"]["encoder"] / 2, rel=1e-3)
+    assert paper["student"]["classifier"] == 0 < tied["student"]["classifier"]
+    assert tied["student"]["classifier"] == tied["assistant"]["classifier"]
+    assert set(paper["teacher"].values()) == {0}  # it follows the student's update, which is not
+
+
+def test_what_cannot_be_updated_is_named(tiny, batches):
+    config = tiny(method="gta_seg")
+    with pytest.raises(ValueError, match="child='teacher': choose student or assistant"):
+        probe.reach(build_method(config, 8), config, batches[0], Clock(3, 2, 4), "teacher")
 
 
 @pytest.mark.parametrize("method", ["supervised", "cutmix_seg"])
