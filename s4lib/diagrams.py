@@ -1,9 +1,7 @@
 """Drawings of who teaches whom: networks, data and losses as boxes, what passes between as arrows.
 
-diagrams.flow(
-    {"u": (0, 0, "unlabeled", "data"), "t": (1, 0, "teacher", "network")},
-    diagrams.arrows("u forward t: weak view"),
-)
+nodes = diagrams.boxes("u 0 0 data: unlabeled; t 1 0 network: teacher")
+diagrams.flow(nodes, diagrams.arrows("u forward t: weak view"))
 """
 
 from __future__ import annotations
@@ -33,19 +31,30 @@ STYLES = {
 INCHES = np.array([1.6, 0.95])  # of one unit to the right, and upwards
 
 
+def _read(text: str, form: str) -> list[list[str]]:
+    """Words of each entry of `text`, with what follows its colon ("" if none) as the last one."""
+    found = []
+    for entry in filter(None, map(str.strip, text.split(";"))):
+        words, _, about = entry.partition(":")
+        if len(words := words.split()) != len(form.split()):
+            raise ValueError(f"{entry!r}: write {form}, or {form}: text")
+        found.append([*words, about.strip()])
+    return found
+
+
+def boxes(text: str) -> dict[str, tuple[float, float, str, str]]:
+    """Nodes for `flow` from "ID X Y KIND: text", parted by semicolons. ValueError if not so."""
+    read = _read(text, "ID X Y KIND")
+    return {name: (float(x), float(y), about, kind) for name, x, y, kind, about in read}
+
+
 def arrows(text: str) -> list[tuple[str, str, str, str]]:
-    """Edges for `flow` from "FROM style TO" or "FROM style TO: text", parted by semicolons.
+    """Edges for `flow` from "FROM STYLE TO" or "FROM STYLE TO: text", parted by semicolons.
 
     Raises:
         ValueError: an edge that does not read like that.
     """
-    edges = []
-    for edge in filter(None, map(str.strip, text.split(";"))):
-        words, _, about = edge.partition(":")
-        if len(words := words.split()) != 3:
-            raise ValueError(f"edge {edge!r}: write FROM style TO, or FROM style TO: text")
-        edges.append((words[0], words[2], about.strip(), words[1]))
-    return edges
+    return [(a, b, about, style) for a, style, b, about in _read(text, "FROM STYLE TO")]
 
 
 def flow(
@@ -66,10 +75,10 @@ def flow(
     figure = plt.figure(figsize=(high - low) * INCHES, layout="none")
     axis = figure.add_axes((0, 0, 1, 1), xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axis.set_axis_off()
-    boxes, middle = {}, {"ha": "center", "va": "center"}
+    drawn, middle = {}, {"ha": "center", "va": "center"}
     for name, (x, y, text, kind) in nodes.items():
         look = KINDS[one_of("kind", kind, *KINDS)]
-        boxes[name] = axis.text(x, y, text, fontsize=9, bbox=look, zorder=2, **middle)
+        drawn[name] = axis.text(x, y, text, fontsize=9, bbox=look, zorder=2, **middle)
     pairs = [frozenset(edge[:2]) for edge in edges]
     for i, (start, end, text, style) in enumerate(edges):
         _, color, line = STYLES[one_of("style", style, *STYLES)]
@@ -81,7 +90,7 @@ def flow(
         arrow = {"arrowstyle": "-|>", "color": color, "linestyle": line, "linewidth": 1.5}
         arrow |= {"mutation_scale": 13}
         arrow |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 2, "shrinkB": 2}
-        arrow |= {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        arrow |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
         # Above the boxes, whose sizes are known only when they have been drawn.
         axis.annotate("", b, a, arrowprops=arrow, zorder=3)
         dx, dy = (b - a) * INCHES

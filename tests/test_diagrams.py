@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Annotation
 
 from s4lib.diagrams import arrows as read
-from s4lib.diagrams import flow, panels
+from s4lib.diagrams import boxes, flow, panels
 
 NODES = {
     "u": (0, 1, "unlabeled", "data"),
@@ -93,8 +93,15 @@ def test_wrong_input_is_named(nodes, edges, said):
 def test_edges_can_be_written_as_text():
     text = "u forward teacher; teacher labels loss: pseudo-labels; student forward loss;"
     assert read(text + "loss gradient student; student ema teacher") == EDGES
-    with pytest.raises(ValueError, match="edge 'u teacher': write FROM style TO"):
+    with pytest.raises(ValueError, match="'u teacher': write FROM STYLE TO"):
         read("u forward teacher; u teacher")
+
+
+def test_boxes_can_be_written_as_text():
+    text = "u 0 1 data: unlabeled; teacher 1 1 network: teacher; title 0 2 note: (a) Mean Teacher"
+    assert boxes(text) == {name: NODES[name] for name in ("u", "teacher", "title")}
+    with pytest.raises(ValueError, match="'u 0 data: x': write ID X Y KIND"):
+        boxes("u 0 data: x")
 
 
 def test_panels_show_the_nodes_that_their_arrows_touch():
