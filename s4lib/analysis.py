@@ -6,6 +6,7 @@ networks, or of EMA decays. Shares lie between 0 and 1; pixels whose truth is vo
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,18 @@ def precision_coverage(given: Predictions, thresholds: Iterable[float]) -> tuple
     kept = [confidence >= threshold for threshold in thresholds]
     coverage = [float(keep.float().mean()) for keep in kept]
     return np.array(coverage), np.array([float(right[keep].float().mean()) for keep in kept])
+
+
+def strictness(given: Predictions, threshold: float) -> tuple[float, float, float]:
+    """Shares: of pixels kept, of wrong ones among these, and of wrong ones by confidence.
+
+    The last is what remains of the second where each kept pixel counts by its confidence (PS-MT).
+    """
+    keep = given.valid & (given.confidence >= threshold)
+    weight, count = given.confidence[keep], keep.sum()
+    wrong = given.wrong[keep]
+    shares = count / given.valid.sum(), wrong.float().mean(), weight[wrong].sum() / weight.sum()
+    return tuple(map(float, shares))
 
 
 def kept_by_class(given: Predictions, threshold: float, classes: int) -> dict[str, np.ndarray]:
@@ -174,7 +187,8 @@ def sub_models(net: nn.Module, image: Tensor, rate: float) -> tuple[Tensor, Tens
     """A sub-model per normalised image (B, 3, H, W), see `stochastic_depth`, which drops at `rate`.
 
     Returns:
-        (blocks that survive (B, blocks) bool in the network's order, labels (B, H, W) uint8).
+        (blocks that survive (B, blocks) bool in the network's order, share of pixels (B,) to which
+        sub-model and network give the same label).
     """
     kept = [torch.ones(len(image), 0, dtype=torch.bool)]
 
@@ -182,12 +196,38 @@ def sub_models(net: nn.Module, image: Tensor, rate: float) -> tuple[Tensor, Tens
         before, after = (x.flatten(1).any(1, keepdim=True).cpu() for x in (inputs[0], out))
         kept.append(after | ~before)  # a branch that says nothing anyhow is not skipped
 
+    full = net(image).argmax(1)
     with stochastic_depth(net, rate):
         for part in net.modules():
             if isinstance(part, DropPath):  # lives as long as this context, and its hook with it
                 part.register_forward_hook(note)
-        label = net(image).argmax(1)
-    return torch.cat(kept, 1), label.byte().cpu()
+        same = net(image).argmax(1) == full
+    return torch.cat(kept, 1), same.float().mean((1, 2)).cpu()
+
+
+# What is measured of two networks (`probe.Pair`), by its name with unit.
+COUPLING = types.MappingProxyType(
+    {
+        "weights apart (%)": lambda pair: 100 * pair.distance,
+        "labels differ (%)": lambda pair: 100 * pair.disagreement,
+        "teacher minus student (mIoU)": lambda pair: -pair.gap,
+    }
+)
+
+
+def by_turn(pairs: Iterable, period: int = 1, first: int = 0) -> tuple[list, list]:
+    """Of `probe.coupling`: (student and the teacher that has just labeled, student and the others).
+
+    `teachers.0` and so on take turns of `period` epochs, the first one after `first` epochs. What
+    has had no turn yet is left out.
+    """
+    pairs = [p for p in pairs if p.one == "student" and p.epoch > first]
+    count, parts = len({p.other for p in pairs}), ([], [])
+    for p in pairs:
+        turn, number = (p.epoch - 1 - first) // period, int(p.other.partition(".")[2])
+        if turn >= number:
+            parts[turn % count != number].append(p)
+    return parts
 
 
 def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:

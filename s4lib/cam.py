@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .nets import SegNet
@@ -26,7 +27,7 @@ def grad_cam(net: SegNet, fused: Tensor, region: Tensor, index: int) -> Tensor:
         index: of the class, 0 to K - 1.
 
     Returns:
-        (B, h, w), 0 or more.
+        (B, H, W), 0 or more, bilinearly enlarged.
 
     Raises:
         ValueError: a region of another number of images, or a class that the network has not.
@@ -41,4 +42,5 @@ def grad_cam(net: SegNet, fused: Tensor, region: Tensor, index: int) -> Tensor:
         score = torch.where(region, logits[:, index], 0).sum()
         (gradient,) = torch.autograd.grad(score, fused)
     weight = gradient.mean((2, 3), keepdim=True)
-    return (weight * fused.detach()).sum(1).clamp(min=0)
+    heat = (weight * fused.detach()).sum(1, keepdim=True).clamp(min=0)
+    return F.interpolate(heat, region.shape[-2:], mode="bilinear")[:, 0]

@@ -14,6 +14,12 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import Tensor
+
+from .data.images import Images
+from .trained import Trained
+
+from .analysis import Predictions
 
 METHOD_COLORS = {
     "supervised": "#6e7178",
@@ -67,6 +73,19 @@ def as_colors(label: np.ndarray, colors: np.ndarray) -> np.ndarray:
     return lookup[np.asarray(label)]
 
 
+def as_pictures(
+    views: Tensor, colors: np.ndarray, mean: Tensor | float = 0, std: Tensor | float = 1
+) -> list[np.ndarray]:
+    """Pictures (H, W, 3) uint8 of class indices (B, H, W), or of images (B, 3, H, W).
+
+    An image is x of (x - mean) / std, in [0, 1]; what lies outside is cut off.
+    """
+    if views.ndim == 3:
+        return [as_colors(label, colors) for label in views.cpu()]
+    pixels = (255 * (views * std + mean).clamp(0, 1)).round().byte()
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
 def grid(
     rows: Mapping[str, Sequence[np.ndarray]],
     *,
@@ -91,7 +110,8 @@ def grid(
             axis.set_frame_on(False)
         for axis, picture in zip(line, pictures, strict=False):
             heat = picture.ndim == 2
-            axis.imshow(picture, **({"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}))
+            shades = {"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}
+            axis.imshow(np.asarray(picture), **shades)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=8)
@@ -104,6 +124,40 @@ def grid(
             handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8
         )
     return figure
+
+
+def answers(
+    images: Sequence[np.ndarray],
+    says: Mapping[str, Predictions],
+    classes: Sequence[str],
+    colors: np.ndarray,
+    *,
+    height: float = 1.0,
+) -> Figure:
+    """Two rows per image (H, W, 3): label maps, and below each its confidence, a column per title.
+
+    The first column has the annotation and the image. `says` holds predictions of these images
+    first; others that follow are not drawn.
+    """
+    rows = {}
+    for i, image in enumerate(images):
+        label = (next(iter(says.values())).truth[i], *(given.label[i] for given in says.values()))
+        rows[f"labels {i + 1}"] = [as_colors(y, colors) for y in label]
+        rows[f"confidence {i + 1}"] = [image, *(given.confidence[i] for given in says.values())]
+    titles = ["given", *says]
+    return grid(rows, classes=classes, colors=colors, titles=titles, height=height)
+
+
+def answers(
+    models: Mapping[str, Trained], images: Images, indices: Sequence[int]
+) -> dict[str, list[np.ndarray]]:
+    """Rows for `grid`: images, the label maps that each of the models gives them, and the truth."""
+    samples = [images[i] for i in indices]
+    rows = {"input": [image.permute(1, 2, 0).numpy() for image, _ in samples]}
+    for name, model in models.items():
+        labels = [model.probs(image[None])[0].argmax(0) for image, _ in samples]
+        rows[name] = [as_colors(label, images.colors) for label in labels]
+    return rows | {"truth": [as_colors(label, images.colors) for _, label in samples]}
 
 
 def curves(
@@ -325,6 +379,8 @@ def clouds(
         style = {"marker": "*", "s": 30, "c": "#d62828", "edgecolors": "white", "linewidths": 0.4}
         axis.scatter(*xy[star].T, **style, rasterized=True)
         axis.set(title=title, xticks=[], yticks=[])
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     seen = sorted({int(k) for _, label, _ in panels.values() for k in label})
     patches = [Patch(color=shades[k], label=classes[k]) for k in seen]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(seen), 6))

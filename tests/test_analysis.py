@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from s4lib import analysis, tables, trained
+from s4lib import analysis, probe, tables, trained
 from s4lib.analysis import Predictions
 from s4lib.data import open_dataset
 from s4lib.losses import IGNORE
@@ -32,6 +32,14 @@ def test_a_higher_threshold_keeps_less():
     coverage, precision = analysis.precision_coverage(ROW, [0, 0.9, 1])
     assert coverage.tolist() == [1, 0.5, 0]
     assert precision[:2].tolist() == [0.5, 0.5] and np.isnan(precision[2])
+
+
+def test_mistakes_weigh_less_where_pixels_count_by_confidence():
+    """Kept are 0.95 right, 0.95 wrong; from 0.5 on also 0.55 right, 0.55 wrong."""
+    assert analysis.strictness(ROW, 0.9) == pytest.approx((0.5, 0.5, 0.5))
+    unsure = given([0, 1, 1, 0], [0.9, 0.6, 0.5, 0.99], [0, 1, 0, IGNORE])
+    assert analysis.strictness(unsure, 0) == pytest.approx((1, 1 / 3, 0.5 / 2.0))
+    assert np.isnan(analysis.strictness(unsure, 1)[1])
 
 
 def test_kept_labels_are_counted_by_class():
@@ -126,18 +134,38 @@ def test_sub_models_skip_the_blocks_they_say():
         if isinstance(part, nn.BatchNorm2d):
             nn.init.ones_(part.weight)
     torch.manual_seed(1)
-    kept, label = analysis.sub_models(net, image, 0.6)
+    kept, same = analysis.sub_models(net, image, 0.6)
     torch.manual_seed(1)
     with stochastic_depth(net, 0.6), torch.no_grad():
-        assert torch.equal(label, net(image).argmax(1).byte())
+        label = net(image).argmax(1)
+    with torch.no_grad():
+        full = net(image).argmax(1)
+    torch.testing.assert_close(same, (label == full).float().mean((1, 2)))
     assert kept.shape == (64, 4) and kept[:, 0].all()  # the first block is never skipped
     assert kept.float().mean(0).tolist() == pytest.approx([1, 0.8, 0.6, 0.4], abs=0.15)
     first = (kept == kept[0]).all(1)  # the same blocks, the same sub-model
     assert 1 < first.sum() < 64 and (label[first] == label[0]).all()
     assert (label[~first] != label[0]).flatten(1).any(1).float().mean() > 0.9
-    whole = net(image[:1]).argmax(1)
-    kept, label = analysis.sub_models(net, image[:1], 0)
-    assert kept.shape == (1, 0) and torch.equal(label, whole.byte())
+    kept, same = analysis.sub_models(net, image[:1], 0)
+    assert kept.shape == (1, 0) and same == 1
+
+
+def test_by_turn_tells_who_labels_from_who_waits():
+    made = lambda *epochs: [  # noqa: E731
+        probe.Pair(e, one, other, 0.1 * e, 0.2, 3.0)
+        for e in epochs
+        for one, other in (("student", "teachers.0"), ("student", "teachers.1"))
+        + (("teachers.0", "teachers.1"),)
+    ]
+    short = lambda pairs: [f"{p.epoch}:{p.other[-1]}" for p in pairs]  # noqa: E731
+    labels, waits = map(short, analysis.by_turn(made(1, 2, 3, 4)))
+    assert labels == ["1:0", "2:1", "3:0", "4:1"] and waits == ["2:0", "3:1", "4:0"]
+    labels, waits = map(short, analysis.by_turn(made(1, 2, 3, 4), period=2, first=1))
+    assert labels == ["2:0", "3:0", "4:1"] and waits == ["4:0"]
+    one = [p for p in made(1, 2) if p.one == "student" and p.other == "teachers.0"]
+    assert analysis.by_turn(one) == (one, [])
+    values = [f(one[1]) for f in analysis.COUPLING.values()]
+    assert values == pytest.approx([20, 20, -3])
 
 
 def test_paired_values_pair_by_position():
