@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from .analysis import Predictions
 from .data.images import Images
 from .trained import Trained
-
-from .analysis import Predictions
 
 METHOD_COLORS = {
     "supervised": "#6e7178",
@@ -148,7 +147,7 @@ def answers(
     return grid(rows, classes=classes, colors=colors, titles=titles, height=height)
 
 
-def answers(
+def label_maps(
     models: Mapping[str, Trained], images: Images, indices: Sequence[int]
 ) -> dict[str, list[np.ndarray]]:
     """Rows for `grid`: images, the label maps that each of the models gives them, and the truth."""
