@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .features import Maps
 from .nets import SegNet
 
 
@@ -44,3 +47,13 @@ def grad_cam(net: SegNet, fused: Tensor, region: Tensor, index: int) -> Tensor:
     weight = gradient.mean((2, 3), keepdim=True)
     heat = (weight * fused.detach()).sum(1, keepdim=True).clamp(min=0)
     return F.interpolate(heat, region.shape[-2:], mode="bilinear")[:, 0]
+
+
+def after(maps: Maps, steps: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Grad-CAM (N, H, W) of the student, "no step" and after each of `steps`, for class `index`
+    where the annotation has it; an image's maps are divided by the largest value of "no step"."""
+    region, found = (maps.truth == index).to(maps.fused.device), {}
+    for name, step in {"no step": torch.zeros_like(maps.fused), **steps}.items():
+        found[name] = grad_cam(maps.method.student, maps.fused + step, region, index).cpu()
+    largest = found["no step"].amax((1, 2), keepdim=True)
+    return {k: torch.where(largest > 0, heat / largest, 0) for k, heat in found.items()}

@@ -47,6 +47,14 @@ def _line(tag: str, values: Sequence[object]) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
+def rounded(
+    header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "", digits: int = 3
+) -> Table:
+    """A table whose floats have this many significant digits."""
+    short = lambda v: f"{v:.{digits}g}" if isinstance(v, float) else v  # noqa: E731
+    return Table(header, [[short(v) for v in row] for row in rows], caption)
+
+
 def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = "") -> Table:
     """mIoU of the deployed network of each group of records, and its paired difference to `base`.
 

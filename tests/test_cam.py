@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from conftest import equal
 from torch import nn
 
-from s4lib import plots
+from s4lib import cam, plots
 from s4lib.build import build_method
 from s4lib.cam import grad_cam
+from s4lib.features import Maps
 
 
 class Linear(nn.Module):
@@ -62,6 +63,20 @@ def test_it_leaves_a_segnet_and_the_map_as_they_were(tiny):
     assert found.min() == 0 < found.max()
     assert equal(before, dict(net.state_dict())) and not fused.requires_grad
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_maps_after_steps_are_scaled_by_the_one_before():
+    """Class 1 is at the first place only; a step doubles all that speaks for it."""
+    method = nn.Module()
+    method.student = Linear([1.0, 0], [2.0, -1])
+    truth = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    truth[0, 0, 0] = 1
+    fused = torch.cat([FUSED, FUSED])
+    maps = Maps(method, torch.zeros(2, 3, 4, 4), truth, fused)
+    found = cam.after(maps, {"twice": fused}, 1)
+    assert list(found) == ["no step", "twice"]
+    assert found["no step"][0].max() == 1 and found["twice"][0].max() == pytest.approx(2)
+    assert not any(heat[1].any() for heat in found.values())  # no such class: no map
 
 
 @pytest.mark.parametrize(

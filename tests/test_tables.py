@@ -29,3 +29,9 @@ def test_beside_finds_the_committed_record_of_the_same_run():
 
 def test_a_listing_is_the_source_at_the_left_margin():
     assert tables.listing(tables.Table.__repr__).startswith("```python\ndef __repr__(self)")
+
+
+def test_rounded_shortens_floats_and_nothing_else():
+    table = tables.rounded(["", "n", "x"], [["a", 12345, 30.3799], ["b", 1, 1.0534e-5]], "Two.")
+    assert table.rows == [["a", 12345, "30.4"], ["b", 1, "1.05e-05"]] and table.caption == "Two."
+    assert tables.rounded([""], [[0.125]], digits=1).rows == [["0.1"]]
