@@ -71,9 +71,12 @@ def open_data(config: Config) -> tuple[Images, Split, Images, range]:
     """(training images, split, evaluation images, their indices) of a config."""
     size = config.size or None
     images = open_dataset(config.dataset, "train", root=config.data_root, size=size)
-    chosen = split(images, config.dataset, config.labeled, config.draw, config.unlabeled)
+    wanted = config.labeled, config.draw, config.unlabeled, config.split
+    chosen = split(images, config.dataset, *wanted, root=config.data_root)
     held_out = open_dataset(config.dataset, config.eval_part, root=config.data_root, size=size)
-    return images, chosen, held_out, range(len(held_out))[: config.eval_images or None]
+    indices = range(len(held_out))[: config.eval_images or None]
+    held_out.require_annotations(indices)
+    return images, chosen, held_out, indices
 
 
 def method_source(name: str, dataset: str) -> str:

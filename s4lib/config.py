@@ -24,11 +24,13 @@ class Config:
 
     Args:
         protocol: the named starting point that these values came from.
-        dataset: mosaic (embedded) or camvid.
+        dataset: mosaic (embedded), camvid, voc, cityscapes or folder (your own images).
         data_root: folder of the dataset; mosaic needs none.
         size: working resolution, height and width; empty keeps the files' own.
         labeled: number of labeled training images; 0 labels all.
         draw: which of the fixed label draws.
+        split: how labels are drawn (s4lib.data.splits.RULES; empty is the dataset's own rule), or
+            the name of an imported list, for instance u2pl-662 (`s4 data splits`).
         unlabeled: use only this many of the other images; 0 uses all.
         eval_images: evaluate on only this many images; 0 on all.
         evaluation: rule by which images are predicted and scored (s4lib.evaluate.EVALUATIONS).
@@ -81,6 +83,7 @@ class Config:
     size: tuple[int, ...] = ()
     labeled: int = 32
     draw: int = 0
+    split: str = ""
     unlabeled: int = 0
     eval_images: int = 0
     evaluation: str = "whole"

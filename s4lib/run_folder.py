@@ -1,6 +1,6 @@
 """A run's folder: config, metrics, checkpoints, record; every file is whole or absent.
 
-<out>/<run_id>/config.json     what is run
+<out>/<run_id>/config.json     what is run; classes.json the names and colours of the classes
                metrics.jsonl   one line per evaluation and every few steps
                last.pt         everything needed to go on exactly; best.pt the weights with the best
                mIoU record.json     the result, written when the run has ended
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .config import NO_NUMBER, Config
+from .data.images import Images
 from .weights import read_tensors
 
 LOCK = ".lock"  # held by the process that trains the run
@@ -92,10 +93,12 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def create(self) -> None:
+    def create(self, images: Images) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.to_dict(), indent=1)
         write_atomically(self.path / "config.json", lambda f: f.write(text.encode()))
+        text = json.dumps({"classes": list(images.classes), "colors": images.colors.tolist()})
+        write_atomically(self.path / "classes.json", lambda f: f.write(text.encode()))
 
     def clear(self) -> None:
         """Throw away what there is of the run."""

@@ -17,13 +17,11 @@ from . import distributed
 from .build import build_method, network_of
 from .config import Config, one_of
 from .data import DATASETS
-from .data.images import open_image
+from .data.images import SUFFIXES, open_image
 from .evaluate import normaliser
 from .method import Method
 from .run_folder import snapshot
 from .weights import read_tensors
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,9 @@ class Trained:
     config: Config
     method: Method
     device: torch.device
+    classes: tuple[str, ...]
+    colors: np.ndarray
     training: dict = field(default_factory=dict)  # step, steps in all, optimizers; none in "best"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return DATASETS[self.config.dataset].classes
-
-    @property
-    def colors(self) -> np.ndarray:
-        return DATASETS[self.config.dataset].colors
 
     def normalise(self, image: Tensor) -> Tensor:
         net = network_of(self.method)
@@ -94,7 +86,8 @@ def load(folder: str | Path, checkpoint: str | int = "last", device: str = "auto
     # Its own weights come from the checkpoint, so none are fetched to begin with.
     net_args = {key: value for key, value in config.net_args.items() if key != "pretrained"}
     bare = replace(config, weights="", net_args=net_args)
-    method = build_method(bare, len(DATASETS[config.dataset].classes))
+    classes, colors = _classes(folder, config.dataset)
+    method = build_method(bare, len(classes))
     try:
         method.load_state_dict(state["method"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -103,7 +96,14 @@ def load(folder: str | Path, checkpoint: str | int = "last", device: str = "auto
         ) from error
     where = distributed.start(device)
     training = {key: state[key] for key in ("step", "of", "minimizer") if key in state}
-    return Trained(config, method.to(where).eval(), where, training)
+    return Trained(config, method.to(where).eval(), where, classes, colors, training)
+
+
+def _classes(folder: Path, dataset: str) -> tuple[tuple[str, ...], np.ndarray]:
+    if not (folder / "classes.json").is_file():  # a run of before there was one
+        return DATASETS[dataset].classes, DATASETS[dataset].colors
+    found = json.loads((folder / "classes.json").read_text())
+    return tuple(found["classes"]), np.array(found["colors"], dtype=np.uint8)
 
 
 def image_files(inputs: Sequence[str]) -> list[Path]:

@@ -131,7 +131,7 @@ class Run:
         if resume and self.folder.checkpoint.exists():
             first = self._restore()
         elif self.main:
-            self.folder.create()
+            self.folder.create(self.held_out)
             self.folder.cut_metrics(0)  # lines of an attempt that died before its first checkpoint
         distributed.barrier()
         total = self.steps

@@ -16,14 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from .images import Images, open_image, open_label
-
-VOID = 11
+from .images import ImageFiles
 
 
-class CamVid(Images):
+class CamVid(ImageFiles):
     """CamVid frames; see the module's text for the folder layout."""
 
     classes = (
@@ -55,6 +52,7 @@ class CamVid(Images):
         ],
         dtype=np.uint8,
     )
+    void = (11,)
 
     def __init__(self, part: str, *, root: str = "", size: tuple[int, int] | None = None):
         super().__init__()
@@ -78,14 +76,3 @@ class CamVid(Images):
         ]
         self.ids = [image.stem for image, _ in self.pairs]
         self.size = size
-        absent = next((path for pair in self.pairs for path in pair if not path.is_file()), None)
-        if absent:
-            raise ValueError(f"{absent}: listed in {listing}, but missing")
-
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image = open_image(self.pairs[index][0])
-        label = open_label(self.pairs[index][1], image.size, len(self.classes), (VOID,))
-        if self.size and self.size != image.size[::-1]:
-            image = image.resize(self.size[::-1], Image.Resampling.BOX)
-            label = label.resize(self.size[::-1], Image.Resampling.NEAREST)
-        return np.asarray(image), np.asarray(label)
