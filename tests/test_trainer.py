@@ -373,9 +373,9 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_can_go_on(
 ):
     config = tiny(epochs=3)
     fit(config, out=tmp_path / "whole")
-    # config.json, then best.pt, counts.pt, metrics and last.pt of epoch 1; then the disk is full.
+    # config.json, classes.json, then best.pt, counts.pt, metrics and last.pt of epoch 1; then the disk is full.
     with monkeypatch.context() as full:
-        fail_from(full, 6, errno.ENOSPC)
+        fail_from(full, 7, errno.ENOSPC)
         error = refused(*command(config, tmp_path / "runs"), begun=True)
     assert "No space left on device" in error and str(tmp_path / "runs") in error
     folder = tmp_path / "runs" / config.run_id
