@@ -373,7 +373,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_can_go_on(
 ):
     config = tiny(epochs=3)
     fit(config, out=tmp_path / "whole")
-    # config.json, classes.json, then best.pt, counts.pt, metrics and last.pt of epoch 1; then the disk is full.
+    # config.json, classes.json; best.pt, counts.pt, metrics, last.pt of epoch 1; then it is full.
     with monkeypatch.context() as full:
         fail_from(full, 7, errno.ENOSPC)
         error = refused(*command(config, tmp_path / "runs"), begun=True)
