@@ -6,8 +6,7 @@ networks, or of EMA decays. Shares lie between 0 and 1; pixels whose truth is vo
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -164,22 +163,20 @@ def memory_age(decays: Sequence[float]) -> np.ndarray:
     return np.array(ages)
 
 
-def labelling_age(
-    steps: int, turn: int, teachers: int, decay: float, restarts: bool = False
-) -> np.ndarray:
-    """(S,) `memory_age` of the teacher whose turn it is; the others wait, and grow old.
+def labelling_ages(steps: int, turn: int, decay: float) -> dict[str, np.ndarray]:
+    """`memory_age` (S,) of the teacher that labels, in three schemes of Dual Teacher.
 
-    Turns last `turn` steps. The decay's warm-up counts a teacher's own updates or, if it
-    `restarts`, those of the turn (Dual Teacher's slides and its released code).
+    One teacher; two that take turns of `turn` steps, where the one that waits grows old; and two
+    whose warm-up of the decay counts the updates of the turn ("ema_reset"), not the teacher's own.
     """
-    each = []
-    for which in range(teachers):
-        decays = []
-        for number, since in (divmod(step, turn) for step in range(steps)):
-            k = since if restarts else number // teachers * turn + since
-            decays.append(warm_decay(decay, k) if number % teachers == which else 1.0)
-        each.append(memory_age(decays))
-    return np.choose(np.arange(steps) // turn % teachers, each)
+    number, since = divmod(np.arange(steps), turn)
+    ages = {}
+    for scheme, count in (("single_teacher", 1), ("dual_teacher", 2), ("ema_reset", 2)):
+        updates = since if scheme == "ema_reset" else number // count * turn + since
+        own = np.array([warm_decay(decay, k) for k in updates.tolist()])
+        each = [memory_age(np.where(number % count == i, own, 1.0)) for i in range(count)]
+        ages[scheme] = np.choose(number % count, each)
+    return ages
 
 
 @torch.no_grad()
@@ -205,16 +202,6 @@ def sub_models(net: nn.Module, image: Tensor, rate: float) -> tuple[Tensor, Tens
     return torch.cat(kept, 1), same.float().mean((1, 2)).cpu()
 
 
-# What is measured of two networks (`probe.Pair`), by its name with unit.
-COUPLING = types.MappingProxyType(
-    {
-        "weights apart (%)": lambda pair: 100 * pair.distance,
-        "labels differ (%)": lambda pair: 100 * pair.disagreement,
-        "teacher minus student (mIoU)": lambda pair: -pair.gap,
-    }
-)
-
-
 def by_turn(pairs: Iterable, period: int = 1, first: int = 0) -> tuple[list, list]:
     """Of `probe.coupling`: (student and the teacher that has just labeled, student and the others).
 
@@ -228,6 +215,19 @@ def by_turn(pairs: Iterable, period: int = 1, first: int = 0) -> tuple[list, lis
         if turn >= number:
             parts[turn % count != number].append(p)
     return parts
+
+
+def coupling_curves(pairs: Mapping[str, Sequence]) -> dict[str, dict[str, list]]:
+    """For `plots.panels`, from {name: pairs of `probe.coupling`}: three quantities by epoch."""
+    quantities = {
+        "weights apart (%)": lambda p: 100 * p.distance,
+        "labels differ (%)": lambda p: 100 * p.disagreement,
+        "teacher minus student (mIoU)": lambda p: -p.gap,
+    }
+    return {
+        title: {k: [([p.epoch for p in ps], list(map(f, ps)))] for k, ps in pairs.items()}
+        for title, f in quantities.items()
+    }
 
 
 def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:

@@ -112,18 +112,16 @@ def test_memory_age_is_the_mean_age_of_the_past_weights():
     assert analysis.memory_age([0.0, 0.5, 0.0]).tolist() == [0, 0.5, 0]
 
 
-def test_labelling_age_of_one_teacher_is_its_memory_age():
-    decays = [warm_decay(0.8, step) for step in range(12)]
-    one = analysis.labelling_age(12, 3, 1, 0.8)
-    assert one.tolist() == analysis.memory_age(decays).tolist()
-
-
 def test_a_teacher_ages_while_it_waits_unless_its_turns_restart():
-    assert analysis.labelling_age(6, 1, 2, 0.5).tolist() == [0, 0, 1, 1, 1.5, 1.5]
-    assert analysis.labelling_age(6, 1, 2, 0.5, restarts=True).tolist() == [0] * 6
-    restarted = analysis.labelling_age(6, 3, 2, 0.9, restarts=True)
-    assert restarted.tolist() == pytest.approx([0, 0.5, 1] * 2)
-    assert analysis.labelling_age(12, 3, 2, 0.9)[6] == pytest.approx(0.75 * (1 + 4))
+    ages = analysis.labelling_ages(12, 3, 0.8)
+    decays = [warm_decay(0.8, step) for step in range(12)]
+    assert ages["single_teacher"].tolist() == analysis.memory_age(decays).tolist()
+    assert ages["ema_reset"].tolist() == pytest.approx([0, 0.5, 1] * 4)
+    # Its turn ends at an age of 1, it waits for 3 steps, and a quarter of its next update is new.
+    assert ages["dual_teacher"][:7].tolist() == pytest.approx([0, 0.5, 1] * 2 + [0.75 * 5])
+    short = analysis.labelling_ages(6, 1, 0.5)
+    assert short["dual_teacher"].tolist() == [0, 0, 1, 1, 1.5, 1.5]
+    assert short["ema_reset"].tolist() == [0] * 6
 
 
 def test_sub_models_skip_the_blocks_they_say():
@@ -164,8 +162,9 @@ def test_by_turn_tells_who_labels_from_who_waits():
     assert labels == ["2:0", "3:0", "4:1"] and waits == ["4:0"]
     one = [p for p in made(1, 2) if p.one == "student" and p.other == "teachers.0"]
     assert analysis.by_turn(one) == (one, [])
-    values = [f(one[1]) for f in analysis.COUPLING.values()]
-    assert values == pytest.approx([20, 20, -3])
+    lines = analysis.coupling_curves({"net": one})
+    assert all(by["net"][0][0] == [1, 2] for by in lines.values())
+    assert [by["net"][0][1][1] for by in lines.values()] == pytest.approx([20, 20, -3])
 
 
 def test_paired_values_pair_by_position():
