@@ -104,6 +104,19 @@ def pivot(cells: Sequence[Cell], caption: str = "") -> Noted:
     return Noted([*shown, *labels], body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
 
 
+def remarks(cells: Sequence[Cell]) -> str:
+    """Markdown: whose numbers have fewer decimals than others', and who leads by label count."""
+    there = [c for c in cells if c.value]
+    decimals = {c.method: len(c.value.partition(".")[2]) for c in there}
+    coarse = [method for method, count in decimals.items() if count < max(decimals.values())]
+    leaders = []
+    for labels in dict.fromkeys(c.labels for c in there):
+        best = max((c for c in there if c.labels == labels), key=lambda c: float(c.value))
+        leaders.append(f"{labels}: {best.method}")
+    fewer = f"Fewer decimals than the other rows: {', '.join(coarse)}. " if coarse else ""
+    return f"{fewer}The highest number by labels is {', '.join(leaders)}."
+
+
 def above(
     cells: Sequence[Cell], ours: Mapping[str, Sequence[dict]], protocol: str, caption: str = ""
 ) -> Noted:

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from s4lib import published
-from s4lib.published import Cell, above, beside, load, pivot
+from s4lib.published import Cell, above, beside, load, pivot, remarks
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}
@@ -303,3 +303,10 @@ def test_our_records_stand_under_the_column_of_their_list():
     assert [str(paper[i]) for i in places] == ["51.0 ± 1.4", "", "60.0", ""]
     assert [str(value) for value in code] == ["code"] + [""] * (len(table.header) - 1)
     assert len({len(row) for row in [table.header, *table.rows]}) == 1
+
+
+def test_remarks_name_coarser_rows_and_leaders():
+    said = remarks(load("na2023", "slides 1"))
+    assert said.startswith("Fewer decimals than the other rows: UniMatch.")
+    assert "92: UniMatch, 183: Dual Teacher" in said and said.endswith("1464: AugSeg.")
+    assert remarks(load("cho2024", "1b")).startswith("The highest number")
