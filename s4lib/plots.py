@@ -179,12 +179,17 @@ def panels(
     *,
     xlabel: str = "step",
     palette: Mapping[str, str] | None = None,
+    log: Sequence[str] = (),
 ) -> Figure:
-    """`curves` of several quantities side by side, of the same names: {y label: {name: runs}}."""
+    """`curves` of several quantities side by side, of the same names: {y label: {name: runs}}.
+
+    The axes of those in `log` are logarithmic.
+    """
     figure, axes = plt.subplots(1, len(quantities), figsize=(3 * len(quantities), 3), squeeze=False)
     for axis, (ylabel, lines) in zip(axes[0], quantities.items(), strict=True):
         _draw(axis, lines, palette)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=min(len(names[1]), 5))
     return figure

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from s4lib import plots
-from s4lib.analysis import Predictions
+from s4lib import plots, trained
+from s4lib.analysis import Predictions, predictions
+from s4lib.data import open_dataset
 
 COLORS = np.array([[10, 20, 30], [200, 100, 0]], dtype=np.uint8)
 
@@ -24,5 +25,35 @@ def test_answers_are_label_maps_over_their_confidence_beside_what_is_given():
     np.testing.assert_array_equal(shown[2], COLORS[[[0, 1], [1, 1]]])
     np.testing.assert_array_equal(shown[3], image)
     assert (shown[4] == 0.25).all() and (shown[5] == 0.75).all()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    plt.close(figure)
+
+
+def test_pictures_undo_normalisation_and_colour_labels():
+    image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
+    (picture,) = plots.as_pictures((image - 0.4) / 0.2, COLORS, 0.4, 0.2)
+    assert picture.dtype == np.uint8 and picture.shape == (2, 4, 3)
+    np.testing.assert_array_equal(picture[0, 0], [0, 128, 255])
+    assert plots.as_pictures(image + 1, COLORS)[0].min() == 255, "brighter than white"
+    (label,) = plots.as_pictures(torch.tensor([[[0, 1, 255]]]), COLORS)
+    np.testing.assert_array_equal(label, [[*COLORS, (235,) * 3]])
+
+
+def test_label_maps_are_what_each_model_says_of_the_images_asked_for(trained_run):
+    model = trained.load(trained_run, device="cpu")
+    images = open_dataset("mosaic", "val", size=(32, 32))
+    rows = plots.label_maps({"ours": model}, images, [3, 5])
+    assert list(rows) == ["input", "ours", "truth"] and {len(row) for row in rows.values()} == {2}
+    np.testing.assert_array_equal(rows["input"][1], images[5][0].permute(1, 2, 0))
+    np.testing.assert_array_equal(rows["truth"][0], plots.as_colors(images[3][1], images.colors))
+    said = predictions(model, images, [3, 5]).label
+    np.testing.assert_array_equal(rows["ours"][1], plots.as_colors(said[1], images.colors))
+
+
+def test_panels_have_one_legend_and_the_axes_asked_for():
+    lines = {"a": [([1, 2], [1, 10])], "b": [([1, 2], [2, 3])]}
+    figure = plots.panels({"x (%)": lines, "y": lines}, xlabel="epoch", log=["x (%)"])
+    assert [axis.get_yscale() for axis in figure.axes] == ["log", "linear"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["x (%)", "y"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     plt.close(figure)
