@@ -9,6 +9,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from fnmatch import fnmatch
 
 from .analysis import paired_values
@@ -166,3 +167,29 @@ def beside(
         rows.append([*row, gap, level, len(mine) or "", paired_values(*pair) if both else ""])
     header = [*table.header, "difference", "ours", "runs", "our difference"]
     return Noted(header, rows, f"{caption} Differences are to: {base}.".strip(), table.notes)
+
+
+def gaps(cells: Sequence[Cell], ours: str = "", base: str = "") -> dict[str, Decimal]:
+    """{labels: value of method `ours` minus that of `base`}, exact to the printed digits.
+
+    Without `base` it is the best other method; without both, the highest minus the lowest value.
+    ValueError: nothing is printed, or a column has not the method, or has one twice.
+    """
+    columns: dict[str, dict[str, Decimal]] = {}
+    for c in (c for c in cells if c.value):
+        column = columns.setdefault(c.labels, {})
+        if c.method in column:
+            raise ValueError(f"two cells for {c.method} with {c.labels} labels in {c.source}")
+        column[c.method] = Decimal(c.value)
+    if not columns:
+        raise ValueError("none of these cells has a value")
+    found = {}
+    for labels, column in columns.items():
+        for method in filter(None, (ours, base)):
+            one_of("method", method, *column)
+        if ours:
+            other = [column[base]] if base else [v for m, v in column.items() if m != ours]
+            found[labels] = column[ours] - max(other)
+        else:
+            found[labels] = max(column.values()) - min(column.values())
+    return found
