@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from fnmatch import fnmatch
 
+import numpy as np
+
 from .analysis import paired_values
 from .config import one_of
 from .records import HERE, score, summary
@@ -116,6 +118,31 @@ def remarks(cells: Sequence[Cell]) -> str:
         leaders.append(f"{labels}: {best.method}")
     fewer = f"Fewer decimals than the other rows: {', '.join(coarse)}. " if coarse else ""
     return f"{fewer}The highest number by labels is {', '.join(leaders)}."
+
+
+def spread(cells: Sequence[Cell]) -> str:
+    """Markdown: how far the numbers lie apart, and from which noise on runs of one setting would.
+
+    `n` draws of a normal distribution lie, from the smallest to the largest, on average as many
+    standard deviations apart as the integral says: 1.13 for two, 3.34 for thirteen.
+
+    Raises:
+        ValueError: fewer than two numbers.
+    """
+    from scipy import stats
+
+    values = [float(c.value) for c in cells if c.value]
+    if (n := len(values)) < 2:
+        raise ValueError(f"{n} number(s): a spread needs two")
+    x = np.linspace(-8, 8, 1601)
+    below = stats.norm.cdf(x)
+    chance = np.trapezoid(1 - below**n - (1 - below) ** n, x)
+    width = max(values) - min(values)
+    return (
+        f"From the lowest to the highest of the {n} numbers it is {width:.2f} points. If runs of "
+        f"*one* setting had a standard deviation of {width / chance:.2f} points, {n} of them would "
+        f"on average lie as far apart."
+    )
 
 
 def above(

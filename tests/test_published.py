@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from s4lib import published
-from s4lib.published import Cell, above, beside, load, pivot, remarks
+from s4lib.published import Cell, above, beside, load, pivot, remarks, spread
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}
@@ -310,3 +310,14 @@ def test_remarks_name_coarser_rows_and_leaders():
     assert said.startswith("Fewer decimals than the other rows: UniMatch.")
     assert "92: UniMatch, 183: Dual Teacher" in said and said.endswith("1464: AugSeg.")
     assert remarks(load("cho2024", "1b")).startswith("The highest number")
+
+
+def test_a_spread_is_told_beside_what_chance_would_make_of_it():
+    two = [Cell(**{**asdict(load("cho2024", "1a")[0]), "value": v}) for v in ("70.00", "71.00")]
+    said = spread(two)  # the mean distance of two normal draws is 2 / sqrt(pi) deviations
+    assert "of the 2 numbers it is 1.00 points" in said and "deviation of 0.89 points" in said
+    thirteen = spread(load("cho2024", "1a"))  # 3.336: Tippett's table
+    assert "of the 13 numbers it is 1.12 points" in thirteen
+    assert f"deviation of {1.12 / 3.336:.2f} points" in thirteen
+    with pytest.raises(ValueError, match=re.escape("1 number(s): a spread needs two")):
+        spread(two[:1])
