@@ -7,12 +7,11 @@ import functools
 import hashlib
 import inspect
 import re
-import typing
 from pathlib import Path
 
 import torch
 
-from .config import Config, checked
+from .config import Config
 from .data import DATASETS, open_dataset
 from .data.images import Images
 from .data.splits import Split, split
@@ -39,15 +38,6 @@ def build_method(config: Config, classes: int) -> Method:
     if config.preset not in kind.presets:
         raise ValueError(f"preset={config.preset!r}: {config.method} has {', '.join(kind.presets)}")
     arguments = {**kind.presets[config.preset], **config.method_args}
-    valid = [
-        p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    unknown = [name for name in arguments if name not in valid]
-    if unknown:
-        has = ", ".join(valid) or "none"
-        raise ValueError(f"method_args has unknown key {unknown[0]!r}: {config.method} has {has}")
-    kinds = typing.get_type_hints(kind.__init__)
-    arguments = {name: checked(name, value, kinds[name]) for name, value in arguments.items()}
     if "weights" in config.net_args:
         raise ValueError("net_args has key 'weights', which is an option of its own: weights=FILE")
     torch.manual_seed(config.seed)

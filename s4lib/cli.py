@@ -122,12 +122,15 @@ def train_config(arguments: list[str]) -> tuple[Config, jsonargparse.Namespace]:
     parser.set_defaults(protocol="")
     first = parser.parse_args(arguments)
     name = first.protocol or profile_protocol(first.profile, first.dataset)
-    parser.set_defaults({"protocol": name, **settings(name)})
+    own = settings(name, first.method)
+    method_args = own.pop("method_args", {})
+    parser.set_defaults({"protocol": name, **own})
     values = parser.parse_args(arguments).as_dict()
     options = {
         key: values.pop(key) for key in ("config", "profile", "out", "resume", "restart", "gpus")
     }
-    return Config.from_dict({**values, "protocol": name}), jsonargparse.Namespace(options)
+    values |= {"protocol": name, "method_args": {**method_args, **values["method_args"]}}
+    return Config.from_dict(values), jsonargparse.Namespace(options)
 
 
 def train(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
-"""One frozen `Config` decides a run's numbers; `PROTOCOLS` are named starting points.
+"""One frozen `Config` decides a run's numbers.
 
-config = protocol("mosaic-32", method="mean_teacher", draw=1)
+config = protocols.protocol("mosaic-32", method="mean_teacher", draw=1)
 config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run's folder
 """
 
@@ -23,7 +23,7 @@ class Config:
     """Everything that decides a run's numbers.
 
     Args:
-        protocol: the named starting point that these values came from.
+        protocol: the named starting point (s4lib.protocols) that these values came from.
         dataset: mosaic (embedded), camvid, voc, cityscapes or folder (your own images).
         data_root: folder of the dataset; mosaic needs none.
         size: working resolution, height and width; empty keeps the files' own.
@@ -42,6 +42,8 @@ class Config:
         method: method by name; `s4 methods` lists them.
         preset: which of the method's presets, for instance paper.
         method_args: changes to the method's hyper-parameters.
+        warmup: epochs at the beginning in which every network learns from labels alone, at a
+            constant learning rate; the method's own training is what follows.
         epochs: passes over the unlabeled images.
         batch: labeled images per step, over all processes.
         unlabeled_batch: unlabeled images per step, over all processes.
@@ -95,6 +97,7 @@ class Config:
     method: str = "supervised"
     preset: str = "paper"
     method_args: dict = field(default_factory=dict)
+    warmup: Count = 0
     epochs: int = 9
     batch: int = 8
     unlabeled_batch: int = 8
@@ -130,7 +133,11 @@ class Config:
     snapshots: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for f, kind in zip(fields(self), typing.get_type_hints(type(self)).values(), strict=True):
+        for f, kind in zip(
+            fields(self),
+            typing.get_type_hints(type(self), include_extras=True).values(),
+            strict=True,
+        ):
             object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), kind))
         for name, length in (("size", (0, 2)), ("crop", (0, 2)), ("scale", (2,))):
             value = getattr(self, name)
@@ -195,6 +202,10 @@ class Config:
         return f"{self.protocol}-{self.method}{preset}-d{self.draw}-s{self.seed}-{self.hash}"
 
 
+Share = typing.Annotated[float, (0, 1)]
+Count = typing.Annotated[int, (0, math.inf)]
+
+
 def one_of(name: str, value: str, *valid: str) -> str:
     """`value`, if it is valid. Raises ValueError, naming the valid ones, if not."""
     if value not in valid:
@@ -208,15 +219,21 @@ def checked(name: str, value: object, kind: object) -> object:
     A kind with alternatives (`int | None`) is not checked. Raises ValueError for another kind.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        value, (low, high) = checked(name, value, arguments[0]), arguments[1]
+        if not low <= value <= high:
+            valid = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
+            raise ValueError(f"{name}={value}: choose {valid}")
+        return value
     if origin is types.UnionType:
         return value
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(arguments)}")
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, arguments))}")
         return value
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r}: expected a list of numbers")
+            raise ValueError(f"{name}={value!r}: expected a list")
         return tuple(checked(name, v, arguments[0]) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -225,70 +242,3 @@ def checked(name: str, value: object, kind: object) -> object:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return dict(value) if kind is dict else value
-
-
-# Epochs for mosaic-32, Mean Teacher's weight and CutMix-Seg's preset were chosen on label draws 100
-# to 103, among about thirty settings (and one look at draws 0 to 4 with a smaller weight).
-_MOSAIC = {"dataset": "mosaic", "net": "light", "epochs": 12, "eval_every": 2}
-_CAMVID = {"dataset": "camvid", "labeled": 23, "lr": 2e-3, "scale": (0.75, 1.5)}
-_SMOKE = {"unlabeled": 32, "eval_images": 32, "epochs": 3, "eval_every": 3}
-
-PROTOCOLS: types.MappingProxyType[str, dict] = types.MappingProxyType(
-    {
-        "mosaic-smoke": {**_MOSAIC, **_SMOKE},
-        "mosaic-16": {**_MOSAIC, "labeled": 16},
-        "mosaic-32": {**_MOSAIC, "labeled": 32},
-        "mosaic-64": {**_MOSAIC, "labeled": 64},
-        "camvid-smoke": {**_CAMVID, **_SMOKE, "size": (60, 80)},
-        "camvid-quick": {
-            **_CAMVID,
-            "size": (120, 160),
-            "crop": (96, 128),
-            "lr": 4e-3,
-            "epochs": 16,
-            "eval_every": 4,
-        },
-        "camvid-23": {
-            **_CAMVID,
-            "size": (180, 240),
-            "net": "deeplabv3plus-resnet18",
-            "epochs": 80,
-            "eval_every": 5,
-            "amp": "bf16",
-        },
-    }
-)
-
-# A notebook's `profile` is how much to run; with a dataset it names a protocol.
-PROFILES: types.MappingProxyType[str, dict[str, str]] = types.MappingProxyType(
-    {
-        "smoke": {"mosaic": "mosaic-smoke", "camvid": "camvid-smoke"},
-        "quick": {"mosaic": "mosaic-32", "camvid": "camvid-quick"},
-        "camvid": {"camvid": "camvid-23"},
-    }
-)
-
-
-def protocol(name: str, **changes) -> Config:
-    """The Config of a named protocol with some fields changed.
-
-    Raises:
-        ValueError: unknown protocol, field or value; lists what is valid.
-    """
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol={name!r}: choose one of {', '.join(PROTOCOLS)}")
-    return Config.from_dict({"protocol": name, **PROTOCOLS[name], **changes})
-
-
-def profile_protocol(profile: str, dataset: str) -> str:
-    """The protocol that a profile means for a dataset. Raises ValueError, naming the valid."""
-    if profile not in PROFILES:
-        raise ValueError(f"profile={profile!r}: choose one of {', '.join(PROFILES)}")
-    if dataset not in PROFILES[profile]:
-        known = sorted({d for datasets in PROFILES.values() for d in datasets})
-        if dataset not in known:
-            raise ValueError(f"dataset={dataset!r}: choose one of {', '.join(known)}")
-        raise ValueError(
-            f"profile={profile!r} is for dataset {', '.join(PROFILES[profile])}, not {dataset!r}"
-        )
-    return PROFILES[profile][dataset]

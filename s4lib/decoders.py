@@ -83,14 +83,13 @@ def conv_norm(
 
 def classifier(inputs: int, width: int, outputs: int, count: int, style: Style) -> nn.Sequential:
     """`count` convolutions 3 x 3, then one 1 x 1 to `outputs` channels."""
-    last = nn.Conv2d(width, outputs, 1)  # made first: the order decides which random numbers it has
     drops = [style.dropout_within] * (count - 1) + [style.dropout]
     how = {"norm": style.norm, "bias": style.bias, "separable": style.separable}
     convs = [
         conv_norm(n, width, 3, dropout=p, **how)
         for n, p in zip([inputs] + [width] * (count - 1), drops, strict=True)
     ]
-    return nn.Sequential(*convs, last)
+    return nn.Sequential(*convs, nn.Conv2d(width, outputs, 1))
 
 
 class DeepLab(nn.Module):

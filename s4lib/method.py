@@ -164,6 +164,26 @@ class Method(nn.Module):
         return self
 
 
+def train_step(
+    method: Method, batch: Batch, clock: Clock, minimize: Minimize, warmup: int = 0
+) -> dict[str, Tensor]:
+    """The method's step; in the first `warmup` epochs, before its own clock starts, one on labels
+    alone, of every trainable network, while frozen ones become copies of the first.
+
+    For networks that do not start from pretrained weights, as those of the papers do.
+    """
+    if clock.epoch >= warmup:
+        return method.step(batch, clock.phase(warmup), minimize)
+    networks = list(method.networks().values())
+    nets = [net for net in networks if trainable(net)]
+    sup = [method.criterion(net(batch.image), batch.label) for net in nets]
+    if minimize(sum(sup), *(child for child in method.children() if trainable(child))):
+        for net in networks:
+            if not trainable(net):
+                ema(net, networks[0], 0.0)
+    return {"sup": sup[0].detach()}
+
+
 def trainable(net: nn.Module) -> bool:
     return any(p.requires_grad for p in net.parameters())
 

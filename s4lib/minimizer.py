@@ -47,11 +47,11 @@ class Minimizer:
 
         Returns the first child's.
         """
-        rates = {}
+        rates, warm, own = {}, clock.epoch < self.config.warmup, clock.phase(self.config.warmup)
         for name, optimizer in self.optimizers.items():
-            if self.method.restarts(name, clock):
+            if not warm and self.method.restarts(name, own):
                 optimizer.state.clear()
-            rates[name] = poly(self.method.schedule(name, clock), self.config.power)
+            rates[name] = poly(0 if warm else self.method.schedule(name, own), self.config.power)
             rates[name] *= self.config.lr * linear_warmup(clock, self.config.lr_warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rates[name] * group["factor"]

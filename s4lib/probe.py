@@ -22,7 +22,7 @@ from .analysis import disagreement, predictions, weight_distance
 from .config import Config, one_of
 from .data.images import Images
 from .evaluate import evaluated
-from .method import Batch, Clock, Method, Minimize
+from .method import Batch, Clock, Method, Minimize, train_step
 from .metrics import confusion, miou
 from .minimizer import Minimizer
 from .run_folder import snapshots
@@ -130,7 +130,7 @@ def probe_step(model: Trained, batch: Batch, image: Tensor | None = None) -> lis
         seed_noise(config, clock.step)
         minimizer.begin(clock)
         with torch.autocast(kind, AMP.get(config.amp), enabled=config.amp != "off"):
-            method.step(batch, clock, watch(minimizer, observe))
+            train_step(method, batch, clock, watch(minimizer, observe), config.warmup)
     look("end")
     return looks
 

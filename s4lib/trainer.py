@@ -12,7 +12,6 @@ differ in the last bit).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
@@ -28,7 +27,7 @@ from .data.families import build_views
 from .data.loader import Loader
 from .evaluate import count, evaluated, evaluation, normaliser, scores
 from .interrupts import Interrupted, stop_requests
-from .method import Clock
+from .method import Clock, train_step
 from .minimizer import Minimizer
 from .run_folder import RunFolder
 
@@ -175,7 +174,7 @@ class Run:
             batch = self.loader[clock.epoch * batches + (first + part) % batches]
             amp = self.config.amp
             with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "off"):
-                losses = self.method.step(batch, clock, self.minimizer)
+                losses = train_step(self.method, batch, clock, self.minimizer, self.config.warmup)
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() / parts
         self.logged += 1
@@ -295,7 +294,7 @@ class Run:
                 "part": config.eval_part,
                 "images": len(self.held_out_indices),
                 "rule": config.evaluation,
-                **dataclasses.asdict(self.evaluation),
+                **self.evaluation.to_dict(),
             },
             "deployed": self.method.deployed,
             "networks": {

@@ -15,7 +15,7 @@ from PIL import Image
 from s4lib.config import Config
 from s4lib.data.camvid import CamVid
 from s4lib.data.mosaic import Mosaic
-from s4lib.protocols import protocol
+from s4lib.protocols import PROTOCOLS
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -39,7 +39,7 @@ TINY = {
 
 
 def tiny_config(**changes) -> Config:
-    return protocol("mosaic-32", **{**TINY, **changes})
+    return Config.from_dict({"protocol": "mosaic-32", **PROTOCOLS["mosaic-32"], **TINY, **changes})
 
 
 @pytest.fixture
