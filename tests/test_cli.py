@@ -180,7 +180,7 @@ BAD = {
         ["--method", "mean_teacher", "--method_args", '{"depth": 1}'],
         ["'depth'", "decay", "ramp"],
     ),
-    "hyper-parameter of none": (["--method_args", '{"depth": 1}'], ["'depth'", "supervised"]),
+    "hyper-parameter of none": (["--method_args", '{"depth": 1}'], ["'depth'", "Supervised"]),
     "hyper-parameter value": (
         ["--method", "mean_teacher", "--method_args", '{"buffers": "mean"}'],
         ["buffers='mean'", "copy", "ema", "keep"],

@@ -1,13 +1,9 @@
 """PS-MT: perturbed and strict mean teachers (Liu et al., CVPR 2022).
 
-Two EMA teachers label the weak view together. The student sees the strong view, CutMixed, and its
-fused map is moved to where the *teachers'* classifiers change their mind soonest (T-VAT). Confident
-pixels count, each by its confidence (Conf-CE). Deployed is the mean of the teachers' logits.
-
-`code` is yyliu01/PS-MT@058cdc3, VocCode. There random teachers (not pretrained) learn in a warm-up,
-5 passes over the *labeled* list, 0.7 of our epochs at 1/8 labels; with xi 1e-6 and a floor under
-lengths T-VAT adds rounding noise far shorter than eps; padding counts. The paper is silent on xi,
-on what eps is the length of, and on BN: as there, labeled and unlabeled images pass separately.
+Two EMA teachers label the weak view; the mean of their logits is deployed. The student sees strong,
+CutMixed views, its fused map moved to where the *teachers'* classifiers change their mind (T-VAT).
+Confident pixels count, each by its confidence. `code` is yyliu01/PS-MT@058cdc3: random teachers
+with a warm-up, T-VAT that is noise far shorter than eps, padding that counts.
 """
 
 from __future__ import annotations
