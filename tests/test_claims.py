@@ -371,7 +371,6 @@ def test_the_page_shows_all_claims(agg, tmp_path, monkeypatch):
     for claim in LEDGER:
         assert f"`{claim.id}`" in text and claim.quote in text
     assert f"**{len(LEDGER)} claims**, 0 records" in text
-    assert agg.get_fignums() == []
 
 
 def test_the_page_computes_its_verdicts(agg, tmp_path, monkeypatch):
