@@ -18,7 +18,7 @@ from .build import build_method, network_of
 from .config import Config, one_of
 from .data import DATASETS
 from .data.images import SUFFIXES, open_image
-from .evaluate import normaliser
+from .evaluate import evaluated, normaliser
 from .method import Method
 from .run_folder import snapshot
 from .weights import read_tensors
@@ -42,7 +42,7 @@ class Trained:
     @torch.no_grad()
     def probs(self, image: Tensor, network: str = "") -> Tensor:
         """Softmax (B, K, H, W) of uint8 images (B, 3, H, W), by the deployed or a named network."""
-        net = self.method.networks()[network] if network else self.method
+        net = evaluated(self.method)[network] if network else self.method
         return net(self.normalise(image)).float().softmax(1).cpu()
 
     def predict(self, file: Path) -> np.ndarray:
