@@ -132,8 +132,9 @@ RECIPES: types.MappingProxyType[str, dict[str, dict]] = types.MappingProxyType(
                 "eval_args": {"crop": [800, 800]},
             },
         },
-        # PS-MT@058cdc3: its rate is the real one; one epoch of warm-up comes on top, for its 5 passes
-        # over the labeled list. On Cityscapes its OHEM is dead code. 1/16 of Cityscapes is not among its settings: 1/8's epochs.
+        # PS-MT@058cdc3: its rate is the real one; one epoch of warm-up comes on top, for its 5
+        # passes over the labeled list. On Cityscapes its OHEM is dead code, and 1/16 is not among
+        # its settings: 1/8's epochs.
         "ps_mt": {
             "voc": {
                 **_CPS,
