@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import inspect
-import re
-from pathlib import Path
 
 import torch
 
@@ -15,15 +10,11 @@ from .config import Config
 from .data import DATASETS, open_dataset
 from .data.images import Images
 from .data.splits import Split, split
+from .fingerprint import fingerprint
 from .losses import ohem
 from .method import Method
 from .methods import METHODS
 from .nets import SegNet, build_net
-
-HERE = Path(__file__).resolve().parent
-DATA = "images splits views families colour loader".split()
-CORE = "method losses mixing perturb schedules minimizer trainer evaluate metrics".split()
-CORE += "nets architectures encoders decoders".split()
 
 
 def build_method(config: Config, classes: int) -> Method:
@@ -70,24 +61,10 @@ def open_data(config: Config) -> tuple[Images, Split, Images, range]:
 
 
 def method_source(name: str, dataset: str) -> str:
-    """Fingerprint of the code that decides a run's numbers: the method's file, the dataset's, and
-    the core they stand on.
+    """Fingerprint of the code that decides the numbers of a run: training, method and dataset.
 
-    A record made by other code is stale. Comments, docstrings and white space do not count.
+    A record made by other code is stale.
     """
-    own = Path(inspect.getsourcefile(METHODS[name]))
-    core = (path for path in HERE.glob("*.py") if path.stem in CORE)
-    data = (HERE / "data" / f"{stem}.py" for stem in DATA)
-    reader = Path(inspect.getsourcefile(DATASETS[dataset]))
-    files = [own, *sorted(core), *data, reader]
-    return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:12]
-
-
-@functools.cache
-def _code(path: Path) -> str:
-    source = path.read_text("utf8")
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-    return "".join("".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in lines)
+    kinds = METHODS[name], DATASETS[dataset]
+    own = [(kind.__module__.partition(".")[2], kind.__name__) for kind in kinds]
+    return fingerprint(("trainer", "fit"), *own)

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from s4lib import records
-from s4lib.build import _code, method_source
+from s4lib.build import method_source
 
 
 def record(miou: float, draw: int = 0, seed: int = 0, method: str = "supervised") -> dict:
@@ -88,18 +88,6 @@ def test_a_record_is_stale_when_its_methods_file_has_changed():
     fresh = record(40.0)
     assert not records.stale(fresh)
     assert records.stale({**fresh, "method_source": "000000000000"})
-
-
-def test_comments_and_docstrings_do_not_make_a_record_stale(tmp_path):
-    def fingerprint(name: str, text: str) -> str:
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
-        return _code(path)
-
-    code = fingerprint("a", "x = 1\n\n\ndef f():\n    return x\n")
-    noted = '"""Says."""\nx = 1  # one\n\ndef f():\n    """Gives\n    x."""\n    return x\n'
-    assert fingerprint("b", noted) == code
-    assert fingerprint("c", "x = 2\n\ndef f():\n    return x\n") != code
 
 
 def test_records_are_loaded_from_files_and_run_folders(tmp_path):
