@@ -150,3 +150,80 @@ def pseudo_label(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(label, confidence): argmax and max of the softmax, each (B, H, W), without gradient."""
     confidence, label = logits.float().softmax(1).max(1)
     return label, confidence
+
+
+@torch.no_grad()
+def confidence_per_image(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(B,) in [0, 1]: mean over valid pixels of confidence times 1 - entropy / ln K.
+
+    AugSeg's measure of how sure a teacher is of an image (AugSeg@7ead870, train_semi.py); 0 where
+    no pixel is valid. `logits` (B, K, H, W), `valid` (B, H, W) bool; None counts all pixels.
+    """
+    log_probs = logits.float().log_softmax(1)
+    probs = log_probs.exp()
+    sure = (1 + (probs * log_probs).sum(1) / math.log(logits.shape[1])) * probs.amax(1)
+    valid = torch.ones_like(sure, dtype=torch.bool) if valid is None else valid
+    total = torch.where(valid, sure, 0).sum((1, 2))
+    return total / valid.sum((1, 2)).clamp(min=1)
+
+
+def kl(
+    logits: Tensor,
+    probs: Tensor,
+    *,
+    keep: Tensor | None = None,
+    valid: Tensor | None = None,
+    classes: str = "sum",
+) -> Tensor:
+    """KL(probs || softmax(logits)) of (B, K, H, W), summed over `keep`, divided by `valid` pixels.
+
+    Both masks (B, H, W) bool; None is all. Over classes "sum", or "mean" as F.kl_div's default has
+    it, which is K times smaller. CCT@65d4e5b (softmax_kl_loss) takes the mean without a confidence
+    mask and the sum with one.
+    """
+    one_of("classes", classes, "mean", "sum")
+    each = F.kl_div(logits.float().log_softmax(1), probs.float(), reduction="none")
+    each = each.mean(1) if classes == "mean" else each.sum(1)
+    valid = torch.ones_like(each, dtype=torch.bool) if valid is None else valid
+    return _mean(torch.where(valid if keep is None else valid & keep, each, 0), valid)
+
+
+def js(
+    logits: Tensor, probs: Tensor, *, valid: Tensor | None = None, floor: float = 1e-5
+) -> Tensor:
+    """(KL(m || softmax(logits)) + KL(m || probs)) / 2, m their mean; mean over classes and pixels.
+
+    CCT@65d4e5b (softmax_js_loss): Jensen-Shannon's arguments are the other way round, and `floor`
+    is added to the probabilities inside one logarithm. Arguments as of `kl`.
+    """
+    middle = (logits.float().softmax(1) + probs.float()) / 2
+    other = (probs.float() + floor).log()
+    each = F.kl_div(logits.float().log_softmax(1), middle, reduction="none")
+    each = (each + F.kl_div(other, middle, reduction="none")).mean(1) / 2
+    valid = torch.ones_like(each, dtype=torch.bool) if valid is None else valid
+    return _mean(torch.where(valid, each, 0), valid)
+
+
+def abce(logits: Tensor, label: Tensor, threshold: float, min_kept: int = 1) -> Tensor:
+    """Cross-entropy over pixels whose true class has *less* than `threshold` probability.
+
+    In any case over the `min_kept` hardest per image of this process, as far as there is one more.
+    Annealed, bootstrapped cross-entropy: the threshold rises (CCT@65d4e5b, abCE_loss). Arguments as
+    of `ce`.
+    """
+    with torch.no_grad():
+        valid = label != IGNORE
+        true = logits.float().softmax(1).gather(1, torch.where(valid, label, 0)[:, None])[:, 0]
+        true = torch.where(valid, true, math.inf).flatten()
+        hardest = true.topk(min(min_kept * len(label) + 1, len(true)), largest=False).values
+        last = (valid.sum() - 1).clamp(0, len(hardest) - 1)
+        cut = hardest.index_select(0, last[None]).clamp(min=threshold)
+    return ce(logits, label, keep=true.view_as(label) < cut)
+
+
+def mean_over(value: Tensor, keep: Tensor) -> Tensor:
+    """Mean of `value` over `keep` (bool, of its shape), the count being taken over all processes.
+
+    Zero, with a gradient of zero, where nothing is kept.
+    """
+    return _mean(torch.where(keep, value, 0), keep)

@@ -10,6 +10,7 @@ Published CutMix is many algorithms. They differ in how boxes are drawn and in w
 | `cutmix_xor` | CPS | three boxes that cancel where they overlap: about a quarter |
 | `cutmix_small` | UniMatch | up to 0.4, or nothing |
 | `classmix` | Olsson et al. (2021) | half of the classes that are seen |
+| `cutmix_inject` | AugSeg | as `cutmix_beta`, of images that hold labeled ones |
 
 Arguments they share: `like` is any tensor (B, ..., H, W) that gives batch, size and device; `area`
 bounds a box's share of the image, drawn uniformly. `partner` is the next image of the batch unless
@@ -173,6 +174,57 @@ def classmix(label: Tensor, partner: str = "next") -> Mix:
     mask = ~kept.gather(1, flat).view_as(label)
     random = partner == "random"
     return Mix(mask, _move(torch.randperm(len(label)), label) if random else _next(label))
+
+
+def paste(mix: Mix, source: Tensor, x: Tensor) -> Tensor:
+    """As `mix(x)`, but the boxes show `source`: another batch, which `mix.partner` counts in."""
+    mask = mix.mask if x.ndim == 3 else mix.mask[:, None]
+    return torch.where(mask, source[mix.partner], x)
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Image i shows in `mix.mask` its partner as it is after labeled boxes went into it.
+
+    Called with (x, labeled), both (B, H, W) or (B, C, H, W): images, labels or confidences of the
+    unlabeled and of the labeled.
+    """
+
+    inject: Mix  # boxes of labeled images, in copies of the unlabeled ones
+    mix: Mix  # boxes of these copies, in the unlabeled images
+
+    def __call__(self, x: Tensor, labeled: Tensor) -> Tensor:
+        return paste(self.mix, paste(self.inject, labeled, x), x)
+
+
+def cutmix_inject(like: Tensor, labeled: Tensor, score: Tensor) -> Injection:
+    """AugSeg's label-injecting CutMix (AugSeg@7ead870, cut_mix_label_adaptive).
+
+    A copy of unlabeled image i takes a box of a labeled one with probability 1 - score[i]; then
+    each image takes a box of its partner's copy, so that what goes into copy i is seen in another
+    image. One random permutation finds partners and labeled images, counted round if too few.
+
+    Args:
+        like: unlabeled, (B, ..., H, W).
+        labeled: any tensor with as many entries as there are labeled images.
+        score: (B,) in [0, 1], how sure the teacher is of each image: `confidence_per_image`.
+    """
+    inner, outer = boxes_beta(like, 8.0, 2.0), boxes_beta(like, 4.0, 4.0)
+    partner = _move(torch.randperm(len(like)), like)
+    unsure = _move(torch.rand(len(like)), like) > score
+    inject = Mix(inner & unsure[:, None, None], partner % len(labeled))
+    return Injection(inject, Mix(outer, partner))
+
+
+def boxes_beta(like: Tensor, a: float, b: float) -> Tensor:
+    """Masks (B, H, W) of boxes as in `cutmix_beta`, with sides of sqrt(1 - s), s ~ Beta(a, b)."""
+    count, (h, w) = len(like), like.shape[-2:]
+    side = (1 - _move(Beta(a, b, validate_args=False).sample(), like)).sqrt()
+    u = _move(torch.rand(count, 2), like)
+    up, back = (side * h / 2).floor(), (side * w / 2).floor()
+    y = h // 8 + (u[:, 0] * (h - h // 8)).floor()
+    x = w // 8 + (u[:, 1] * (w - w // 8)).floor()
+    return paint(y - up, x - back, 2 * up, 2 * back, like)
 
 
 def _ordered(name: str, bounds: tuple[float, float], most: float = math.inf) -> None:

@@ -56,6 +56,34 @@ def stochastic_depth(net: nn.Module, rate: float) -> Iterator[None]:
             setattr(block, name, was)
 
 
+def complementary_dropout(features: Sequence[Tensor], kept: float = 0.5) -> tuple[Tensor, ...]:
+    """Channels that one strong view loses are those that the other keeps (UniMatch V2).
+
+    A fair coin per image and channel doubles the channel in one view and zeroes it in the other, so
+    that the two views' mean stays; a random share `kept` of the images, rounded down, is left alone
+    (UniMatch-V2@f6afb4d, model/semseg/dpt.py). Features with equally many channels share the coins.
+
+    Args:
+        features: maps (2B, C, h, w), the first view's images before the second's.
+        kept: share of images without dropout, in [0, 1].
+
+    Raises:
+        ValueError: an odd number of images, or a share outside [0, 1].
+    """
+    images, odd = divmod(len(features[0]), 2)
+    if odd:
+        raise ValueError(f"{2 * images + 1} images: complementary dropout needs two views of each")
+    if not 0 <= kept <= 1:
+        raise ValueError(f"kept={kept}: choose a share from 0 to 1")
+    alone = torch.randperm(images)[:, None] < int(images * kept)
+    masks = {}
+    for channels in dict.fromkeys(f.shape[1] for f in features):
+        first = torch.where(alone, 1.0, 2.0 * (torch.rand(images, channels) < 0.5))
+        both = torch.cat([first, 2 - first])[..., None, None]
+        masks[channels] = both.to(features[0].device, features[0].dtype, non_blocking=True)
+    return tuple(f * masks[f.shape[1]] for f in features)
+
+
 def adversarial(
     x: Tensor,
     nets: Sequence[nn.Module],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..method import Method
+from .augseg import AugSeg
 from .cutmix_seg import CutMixSeg
 from .dual_teacher import DualTeacher
 from .gps import GPS
@@ -11,6 +12,8 @@ from .mean_teacher import MeanTeacher
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
 from .supervised import Supervised
+from .unimatch import UniMatch
+from .unimatch_v2 import UniMatchV2
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -21,4 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "gps": GPS,
     "gta_seg": GTASeg,
     "ps_mt": PSMT,
+    "unimatch": UniMatch,
+    "augseg": AugSeg,
+    "unimatch_v2": UniMatchV2,
 }
