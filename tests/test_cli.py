@@ -174,7 +174,7 @@ def test_predict_writes_indices_with_a_palette_and_the_same_in_colours(
 # ---------------------------------------------------------------- what does not
 
 BAD = {
-    "method": (["--method", "fixmatch"], ["fixmatch", *METHODS]),
+    "method": (["--method", "mixmatch"], ["mixmatch", *METHODS]),
     "preset": (["--method", "mean_teacher", "--preset", "mine"], ["mine", "paper", "code"]),
     "hyper-parameter": (
         ["--method", "mean_teacher", "--method_args", '{"depth": 1}'],
@@ -259,7 +259,7 @@ def test_an_unknown_command_lists_the_commands(refused):
 
 
 def test_an_unknown_method_name_lists_the_methods(refused):
-    assert "cutmix_seg" in refused("methods", "fixmatch")
+    assert "cutmix_seg" in refused("methods", "mixmatch")
 
 
 def test_broken_camvid_images_are_named(camvid, tmp_path, refused):
@@ -356,7 +356,7 @@ def test_images_to_predict_must_exist(trained_run, tmp_path, refused):
 def test_the_traceback_is_there_for_who_asks(monkeypatch):
     monkeypatch.setenv("S4_DEBUG", "1")
     with pytest.raises(ValueError):
-        main(["methods", "fixmatch"])
+        main(["methods", "mixmatch"])
 
 
 def test_records_of_runs_are_collected_in_one_file(trained_run, tmp_path, capsys):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from ..method import Method
 from .augseg import AugSeg
+from .classmix import ClassMix
+from .cps import CPS
 from .cutmix_seg import CutMixSeg
 from .dual_teacher import DualTeacher
+from .entropy_min import EntropyMin
+from .fixmatch import FixMatch
 from .gps import GPS
 from .gta_seg import GTASeg
 from .mean_teacher import MeanTeacher
+from .n_cps import NCPS
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
 from .supervised import Supervised
@@ -17,9 +22,14 @@ from .unimatch_v2 import UniMatchV2
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
+    "entropy_min": EntropyMin,
     "pseudo_label": PseudoLabel,
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
+    "classmix": ClassMix,
+    "fixmatch": FixMatch,
+    "cps": CPS,
+    "n_cps": NCPS,
     "dual_teacher": DualTeacher,
     "gps": GPS,
     "gta_seg": GTASeg,
