@@ -44,6 +44,14 @@ def cosine(x: float) -> float:
     return (1 - math.cos(math.pi * min(max(x, 0.0), 1.0))) / 2
 
 
+def logarithmic(x: float, k: float = 5.0) -> float:
+    """Weight factor 1 - exp(-k x), from 0 to 0.993; `x` as in `gaussian`.
+
+    CCT's code (ramps.py, log_rampup) lets the threshold of its supervised loss rise by it.
+    """
+    return 1 - math.exp(-k * min(max(x, 0.0), 1.0))
+
+
 def gps_printed(x: float) -> float:
     """Weight factor exp(-1 - x)^2, GPS's Algorithm 1, line 4, to the letter: it falls."""
     return math.exp(-1 - x) ** 2
