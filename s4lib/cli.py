@@ -1,6 +1,7 @@
 """Semi-supervised semantic segmentation: train, evaluate, use, and make the book.
 
   s4 train --protocol mosaic-32 --method mean_teacher   train one run; --resume continues it
+  s4 grid FILE.yaml --dry_run                           many runs: a plan; without it, all of them
   s4 eval RUN --part test                               evaluate a trained run's networks
   s4 predict RUN photo.jpg folder/ --out maps           class maps of any images
   s4 methods [NAME]                                     the methods; one method's settings
@@ -8,6 +9,7 @@
   s4 data check ROOT                                    would training work on this folder?
   s4 data splits --dataset voc                          published splits: list, import, draw
   s4 records runs --out book/records/mine.jsonl         collect records in one file
+  s4 renew book/records/mine.jsonl                      is a record of older code still true?
   s4 bench data --dataset camvid --data_root DIR        images a second that one core prepares
   s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
 
@@ -50,12 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
         "train": train,
+        "grid": grid,
         "eval": evaluate_run,
         "predict": predict,
         "methods": methods,
         "protocols": protocols,
         "data": data,
         "records": collect_records,
+        "renew": renew_records,
         "bench": bench,
         "book": book,
     }
@@ -168,6 +172,12 @@ def train(arguments: list[str]) -> int:
         print(f"{Path(options.out) / config.run_id}")
     distributed.stop()
     return 0
+
+
+def grid(arguments: list[str]) -> int:
+    from .grid import main
+
+    return main(arguments)
 
 
 def evaluate_run(arguments: list[str]) -> int:
@@ -318,6 +328,20 @@ def collect_records(arguments: list[str]) -> int:
     write_atomically(Path(options.out), lambda file: file.write(text.encode()))
     print(f"{len(found)} records in {options.out}")
     return 0
+
+
+def renew_records(arguments: list[str]) -> int:
+    parser = _parser(
+        "renew", "Repeat a run of each method whose code has changed; equal numbers stay valid."
+    )
+    parser.add_argument("file", type=Path, help="a .jsonl file of records, rewritten in place")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    options = parser.parse_args(arguments)
+    from .renew import renew
+
+    if not options.file.is_file():
+        raise ValueError(f"{options.file}: no such file of records")
+    return 1 if renew(options.file, options.jobs) else 0
 
 
 def bench(arguments: list[str]) -> int:

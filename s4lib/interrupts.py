@@ -20,7 +20,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_requests():
-    """Turn the first SIGINT or SIGTERM into a request (`.number`); a second one acts as usual."""
+    """Turn SIGINT and SIGTERM into a request (`.number`); a second SIGINT acts as usual.
+
+    A second SIGTERM does not: torchrun and Slurm pass theirs on to those who had it already.
+    """
 
     class Stop:
         number: int | None = None
@@ -29,7 +32,8 @@ def stop_requests():
 
     def note(number, frame):
         stop.number = number
-        signal.signal(number, kept[number])
+        if number == signal.SIGINT:
+            signal.signal(number, kept[number])
         print("stopping after this step ...", file=sys.stderr, flush=True)
 
     if threading.current_thread() is threading.main_thread():

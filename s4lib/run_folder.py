@@ -5,6 +5,7 @@
                last.pt         everything needed to go on exactly; best.pt the weights with the best
                mIoU record.json     the result, written when the run has ended
                epoch-0002.pt   last.pt as it was after an epoch of config.snapshots
+               log.txt         what a run said that was trained in a process of its own
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def output(self) -> Path:
+        return self.path / "log.txt"
+
     def create(self, images: Images) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -105,7 +110,7 @@ class RunFolder:
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, self.output.name):
                 path.unlink()
 
     @contextlib.contextmanager
@@ -120,6 +125,26 @@ class RunFolder:
             for left in self.path.glob("*.tmp"):  # by a process killed while it wrote
                 left.unlink()
             yield
+
+    def busy(self) -> bool:
+        """Whether a process is training the run now."""
+        if not (self.path / LOCK).exists():
+            return False
+        try:
+            with self.locked(wait=False):
+                return False
+        except Busy:
+            return True
+
+    def steps(self) -> tuple[int, int]:
+        """Steps that metrics.jsonl speaks of, and steps in all; (0, 1) before its first line."""
+        try:
+            with open(self.metrics, "rb") as file:
+                file.seek(-min(4096, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                line = json.loads(file.read().splitlines()[-1])
+        except (FileNotFoundError, IndexError, json.JSONDecodeError):
+            return 0, 1
+        return line["step"], line["of"]
 
     def record(self) -> dict | None:
         path = self.path / "record.json"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
 from s4lib import records, runs
-from s4lib.run_folder import Busy
+from s4lib.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -65,15 +66,14 @@ def test_a_run_that_another_process_trains_is_left_for_later(
     tiny, tmp_path, trainings, monkeypatch
 ):
     one, two = tiny(epochs=1), tiny(epochs=1, draw=1)
-    fit, busy = runs.fit, [one.run_id]
+    elsewhere, fit = contextlib.ExitStack(), runs.fit
+    elsewhere.enter_context(RunFolder(tmp_path, one).locked(wait=False))
 
-    def sometimes(config, *, wait, **options):
-        if not wait and config.run_id in busy:
-            busy.clear()
-            raise Busy("somebody else's")
-        return fit(config, wait=wait, **options)
+    def then_it_ends(config, **options):
+        with elsewhere.pop_all():
+            return fit(config, **options)
 
-    monkeypatch.setattr(runs, "fit", sometimes)
+    monkeypatch.setattr(runs, "fit", then_it_ends)
     found = runs.run([one, two], out=tmp_path)
     assert trainings == [two.run_id, one.run_id]
     assert [r["run_id"] for r in found] == [one.run_id, two.run_id]
