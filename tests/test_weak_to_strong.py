@@ -1,4 +1,4 @@
-"""Entropy minimisation, FixMatch and ClassMix: by hand, naively written, and measured numbers."""
+"""Entropy minimisation, FixMatch, ClassMix, CutMix-MT: by hand, naively, and measured numbers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from s4lib.build import build_method
-from s4lib.losses import IGNORE
+from s4lib.losses import IGNORE, mse, soft_ce
 from s4lib.method import Batch, Clock
 from s4lib.methods import classmix as classmix_file
+from s4lib.methods import cutmix_mt as cutmix_mt_file
 from s4lib.methods import fixmatch as fixmatch_file
 from s4lib.methods.classmix import ClassMix
+from s4lib.methods.cutmix_mt import CutMixMT
 from s4lib.methods.entropy_min import EntropyMin
 from s4lib.methods.fixmatch import FixMatch
 from s4lib.mixing import Mix
@@ -279,3 +281,86 @@ def test_an_update_that_is_not_due_moves_no_teacher(tiny):
         p.data.add_(1)
     method.step(batch_of(weak, strong, image=image), LATE, lambda loss, net: False)
     assert all(torch.equal(before[k], v) for k, v in method.teacher.named_parameters())
+
+
+# CutMix-MT
+
+
+@pytest.mark.parametrize("preset", ["paper", "mt"])
+def test_cutmix_mt_written_naively(tiny, monkeypatch, preset):
+    """U2PL@ab3d2be, train_semi, with nothing dropped: two steps, BN statistics too."""
+    config = tiny(method="cutmix_mt", preset=preset)
+    ours, theirs = build_method(config, 8).train(), build_method(config, 8).train()
+    mask = torch.zeros(4, 32, 32, dtype=torch.bool)
+    mask[:, 3:19, 0:32] = preset == "paper"
+    partner = torch.tensor([1, 2, 3, 0])
+    coins = []
+    monkeypatch.setattr(
+        cutmix_mt_file, "cutmix_half", lambda like, p: coins.append(p) or Mix(mask, partner)
+    )
+    student, teacher = theirs.student, theirs.teacher
+    for step in range(2):
+        g = torch.Generator().manual_seed(step)
+        image, weak = torch.randn(2, 4, 3, 32, 32, generator=g)
+        label = torch.randint(0, 8, (4, 32, 32), generator=g)
+        with torch.no_grad():
+            target = teacher.eval()(weak).argmax(1)
+        mixed, pasted = weak.clone(), target.clone()
+        for i in range(4):
+            mixed[i][:, mask[i]] = weak[partner[i]][:, mask[i]]
+            pasted[i][mask[i]] = target[partner[i]][mask[i]]
+        both = torch.cat([image, mixed])
+        logits = student(both)
+        with torch.no_grad():
+            teacher.train()(both)
+        sup, unsup = F.cross_entropy(logits[:4], label), F.cross_entropy(logits[4:], pasted)
+        grads = torch.autograd.grad(sup + unsup, list(student.parameters()))
+        decay = min(1 - 1 / (step + 1), 0.99)
+        with torch.no_grad():
+            for p, grad in zip(student.parameters(), grads, strict=True):
+                p -= 0.1 * grad
+            for t, p in zip(teacher.parameters(), student.parameters(), strict=True):
+                t.copy_(decay * t + (1 - decay) * p)
+
+        def minimize(loss, net):
+            ours_grads = torch.autograd.grad(loss, list(net.parameters()))
+            for p, grad in zip(net.parameters(), ours_grads, strict=True):
+                p.data -= 0.1 * grad
+            return True
+
+        losses = ours.step(
+            batch_of(weak, image=image)._replace(label=label), Clock(step, 9, 1), minimize
+        )
+        torch.testing.assert_close(losses["sup"], sup.detach())
+        torch.testing.assert_close(losses["unsup"], unsup.detach())
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    assert coins == [{"paper": 0.5, "mt": 0.0}[preset]] * 2
+
+
+def test_every_valid_pixel_teaches_in_cutmix_mt_however_unsure():
+    weak = images(0.51, 0.4, 0.99)
+    valid = torch.ones(3, 4, 4, dtype=torch.bool)
+    valid[2] = False
+    losses = CutMixMT(Shown, cutmix=0.0).step(batch_of(weak, valid=valid), LATE, Update())
+    wanted = (-math.log(0.51) - math.log(0.6)) / 2
+    assert float(losses["unsup"]) == pytest.approx(wanted, rel=1e-5)
+
+
+# French et al.
+
+
+def test_the_per_pixel_variant_of_french_et_al(golden):
+    """cutmixseg_mt_loss.npz, var_perpixel_conf and kld_perpixel: sure pixels alone; 1e-5."""
+    g = golden("cutmixseg_mt_loss.npz")
+    logits, probs = g["student_logits"].requires_grad_(), g["teacher_logits"].softmax(1)
+    keep = (g["valid_mask"][:, 0] > 0) & (probs.amax(1) >= g["conf_thresh"])
+    share = keep.float().mean()
+    squared = mse(logits, probs, valid=keep, classes="sum") * share
+    torch.testing.assert_close(squared.detach(), g["var_perpixel_conf_loss"], rtol=1e-5, atol=1e-6)
+    squared.backward()
+    gradient = g["var_perpixel_conf_grad"]
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-4, atol=1e-7)
+    entropy = soft_ce(g["teacher_logits"], probs, keep=keep)
+    divergence = (soft_ce(logits.detach(), probs, keep=keep) - entropy) * share
+    torch.testing.assert_close(divergence, g["kld_perpixel_loss"], rtol=1e-4, atol=1e-6)
