@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     strong: tuple[Tensor, ...]  # the same crops, `strong_views` strong versions of each
     valid: Tensor  # False where `weak` is padding   (U, H, W) bool
     image_strong: Tensor | None = None  # strong view of `image`, for methods that want it
+    weak_label: Tensor | None = None  # pseudo-label of `weak`, for `offline_labels`, as `label`
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Method(nn.Module):
     family: str | tuple[str, ...] = "colour"
     unlabeled_order: str = "shuffled"  # or "fixed": the list's first images, as many as are labeled
     uses_unlabeled: ClassVar[bool] = True
+    offline_labels: bool = False  # whether `Batch.weak_label` is wanted, which `recipe` has made
+    stages: int = 1  # trainings, of which `recipe` does all but the last
     deployed: ClassVar[str] = "student"  # the child that `forward` runs
     batch_statistics: tuple[str, ...] = ()  # frozen children whose BN uses the batch's statistics
     presets: ClassVar[dict[str, dict]] = {"paper": {}}
@@ -128,6 +131,9 @@ class Method(nn.Module):
                 found[name[1]] = HyperParameter(kinds[name[1]], getattr(cls, name[1]), meaning)
             above = [*above, comment[1]] if comment else []
         return found
+
+    def recipe(self, run, fit: Callable) -> None:
+        """What comes before the training `run` (trainer.Run), `fit` being its `stage`: nothing."""
 
     def step(self, batch: Batch, clock: Clock, minimize: Minimize) -> dict[str, Tensor]:
         """Learn from one batch; return detached 0-d tensors to log."""

@@ -66,7 +66,8 @@ def plain_batch(
 ) -> Batch:
     """Whole images by their indices as a step's batch, without augmentation (all views are equal).
 
-    So the annotations of the unlabeled images, which no step sees, fit what is drawn of them.
+    So the annotations of the unlabeled images, which no step sees, fit what is drawn of them. Where
+    pseudo-labels are made before the training, the model's own stand for them.
 
     Raises:
         ValueError: images of several sizes, which make no batch.
@@ -81,7 +82,10 @@ def plain_batch(
     (image, label), (weak, truth), method = whole(labeled), whole(unlabeled), model.method
     valid = torch.ones_like(truth, dtype=torch.bool)
     strong = (weak,) * method.strong_views
-    return Batch(image, label, weak, strong, valid, image if method.labeled_strong else None)
+    with torch.no_grad():
+        weak_label = method(weak).argmax(1) if method.offline_labels else None
+    image_strong = image if method.labeled_strong else None
+    return Batch(image, label, weak, strong, valid, image_strong, weak_label)
 
 
 def probe_step(model: Trained, batch: Batch, image: Tensor | None = None) -> list[Look]:

@@ -12,22 +12,25 @@ differ in the last bit).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import distributed, records
+from . import distributed, records, trained
 from .build import build_method, method_source, network_of, open_data
 from .config import Config
 from .data.families import build_views
 from .data.loader import Loader
+from .data.pseudo_labels import PseudoLabels
 from .evaluate import count, evaluated, evaluation, normaliser, scores
 from .interrupts import Interrupted, stop_requests
-from .method import Clock, train_step
+from .method import Clock, Method, train_step
 from .minimizer import Minimizer
 from .run_folder import RunFolder
 
@@ -43,6 +46,7 @@ def fit(
     restart: bool = False,
     wait: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    labels: PseudoLabels | None = None,
 ) -> dict:
     """Train one run and return its record; a run already recorded is returned as it is.
 
@@ -54,6 +58,7 @@ def fit(
         restart: throw away what there is and begin again.
         wait: if another process is training this very run, wait for it instead of failing.
         progress: called with (steps done, steps in all, text).
+        labels: of a training that is a stage of another: the unlabeled images are these alone.
 
     Raises:
         ValueError: bad config, data or checkpoint, or an unfinished run without `resume` or
@@ -68,7 +73,7 @@ def fit(
     restart = restart or (record is not None and bool(folder.missing()))
     if record and not restart:
         return record
-    run = Run(config, folder, device)  # bad input is found here, before anything is written
+    run = Run(config, folder, device, labels)  # bad input is found here, before anything is written
     with folder.locked(wait) if run.main else contextlib.nullcontext():
         if run.main and restart:
             folder.clear()
@@ -93,12 +98,23 @@ def seed_noise(config: Config, step: int) -> None:
 class Run:
     """One training run: everything built from a config, and the loop."""
 
-    def __init__(self, config: Config, folder: RunFolder, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        device: torch.device,
+        labels: PseudoLabels | None = None,
+    ):
         self.config, self.folder, self.device = config, folder, device
         self.main = distributed.rank() == 0
         self.evaluation = evaluation(config.evaluation, config.eval_args)
-        images, self.split, self.held_out, self.held_out_indices = open_data(config)
-        self.method = build_method(config, len(images.classes)).to(device)
+        self.images, self.split, self.held_out, self.held_out_indices = open_data(config)
+        self.method = build_method(config, len(self.images.classes)).to(device)
+        self.whole = labels is None  # not a stage of another run
+        self.labels = labels or PseudoLabels(
+            folder.path / "labels", self.split.unlabeled, self.images.colors
+        )
+        self.split = replace(self.split, unlabeled=self.labels.indices)
         if config.sync_bn:
             distributed.synchronise_batch_norm(self.method, device)
         distributed.broadcast(self.method)
@@ -106,9 +122,9 @@ class Run:
         self.normalise = normaliser(net.mean, net.std, device)
         self.minimizer = Minimizer(self.method, config, device)
         self.loader = Loader(
-            images,
+            self.images,
             self.split,
-            build_views(config, images[0][0].shape[1:], net.mean),
+            build_views(config, self.images[0][0].shape[1:], net.mean),
             self.method,
             batch=config.batch,
             unlabeled_batch=config.unlabeled_batch,
@@ -116,6 +132,7 @@ class Run:
             mean=net.mean,
             std=net.std,
             device=device,
+            pseudo_labels=self.labels,
         )
         self.steps_per_epoch = math.ceil(self.loader.steps_per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
@@ -124,16 +141,20 @@ class Run:
         self.best: dict[str, dict] = {}
         self.last: dict[str, dict] = {}
         self.seconds = 0.0
+        self.stages: list[dict] = []  # what came before, in short
 
     def train(self, resume: bool, progress: Callable[[int, int, str], None]) -> dict:
-        config, first = self.config, 0
+        config, first, began = self.config, 0, time.monotonic()
+        if self.whole:
+            self.method.recipe(self, functools.partial(self.stage, resume, progress))
+        self.seconds += time.monotonic() - began
         if resume and self.folder.checkpoint.exists():
             first = self._restore()
         elif self.main:
             self.folder.create(self.held_out)
             self.folder.cut_metrics(0)  # lines of an attempt that died before its first checkpoint
         distributed.barrier()
-        total = self.steps
+        total, before = self.steps, len(self.stages) * self.steps
         text, began = "", time.monotonic() - self.seconds
         board = self._tensorboard(first)
         with stop_requests() as stop:
@@ -156,13 +177,39 @@ class Run:
                 if epoch_ends or stopping:
                     self.minimizer.check()
                     self._save(done, clock.epoch + 1 if epoch_ends else 0)
-                progress(done, total, text)
+                progress(before + done, before + total, text)
                 if stopping:
                     raise Interrupted(stop.number or signal.SIGTERM, done)
         record = self._record()
         if self.main:
             self.folder.write_record(record)
         return record
+
+    def stage(
+        self,
+        resume: bool,
+        progress: Callable[[int, int, str], None],
+        name: str,
+        config: Config,
+        labels: PseudoLabels | None = None,
+    ) -> Callable[[str | int], Method]:
+        """Train a stage that comes before, in a folder `name` in this run's, unless it is done.
+
+        Returns a function that loads its method, as at a checkpoint (see `trained.load`).
+        """
+        out, done, began = self.folder.path / name, len(self.stages), time.monotonic()
+
+        def show(step: int, steps: int, text: str) -> None:  # all stages get equal parts of the bar
+            now, total = round((done + step / steps) * self.steps), self.method.stages * self.steps
+            progress(now, total, f"{name} {text}")
+
+        record = fit(config, out=out, resume=resume, progress=show, labels=labels)
+        self.seconds += record["seconds"] - (time.monotonic() - began)  # also if trained before
+        kept = ("labeled", "unlabeled", "steps", "images_seen", "seconds")
+        mious = {when: records.score(record, when=when) for when in ("last", "best")}
+        self.stages.append({"stage": name, **{key: record[key] for key in kept}, **mious})
+        path = RunFolder(out, config).path
+        return lambda checkpoint: trained.load(path, checkpoint, config.device).method
 
     def _step(self, clock: Clock) -> float:
         """One update, from `accumulate` batches. Returns the learning rate."""
@@ -287,7 +334,8 @@ class Run:
             "unlabeled": len(self.loader.unlabeled) if self.method.uses_unlabeled else 0,
             "classes": list(self.held_out.classes),
             "steps": self.steps,
-            "images_seen": self.steps * config.accumulate * (config.batch + unlabeled),
+            "images_seen": self.steps * config.accumulate * (config.batch + unlabeled)
+            + sum(stage["images_seen"] for stage in self.stages),
             "seconds": round(self.seconds, 1),
             "peak_memory_bytes": peak,
             "evaluation": {
@@ -300,6 +348,7 @@ class Run:
             "networks": {
                 name: {"last": self.last[name], "best": self.best[name]} for name in self.last
             },
+            **({"stages": self.stages} if self.stages else {}),
             "world_size": distributed.world(),
             **records.surroundings(self.device),
         }

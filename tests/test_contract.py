@@ -50,9 +50,8 @@ class World:
         unlabeled = size if self.method.uses_unlabeled else 0
         strong = (images[2],) * self.method.strong_views
         strong_view = images[3] if self.method.labeled_strong else None
-        return Batch(
-            images[0], label, images[1][:unlabeled], strong, valid[:unlabeled], strong_view
-        )
+        batch = images[0], label, images[1][:unlabeled], strong, valid[:unlabeled], strong_view
+        return Batch(*batch, label.flip(1) if self.method.offline_labels else None)
 
     def step(self, batch: Batch, step: int = LAST) -> dict[str, torch.Tensor]:
         torch.manual_seed(step)
@@ -275,6 +274,8 @@ class Residual(nn.Module):
 
 class Pixelwise(nn.Module):
     """A SegNet that looks at one pixel at a time."""
+
+    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, **changes):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -36,6 +37,7 @@ class Loader:
         method: says which views it needs, and in which order unlabeled images come.
         batch, unlabeled_batch: images per step, over all processes.
         mean, std: normalisation, per channel.
+        pseudo_labels: by image index (H, W) uint8, for a method with `offline_labels`.
         prefetch: whether to work ahead; None does for a GPU. On a CPU the step needs the cores.
 
     Raises:
@@ -55,6 +57,7 @@ class Loader:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         device: torch.device,
+        pseudo_labels: Mapping[int, Tensor] | None = None,
         prefetch: bool | None = None,
     ):
         for name, size in (("batch", batch), ("unlabeled_batch", unlabeled_batch)):
@@ -68,6 +71,7 @@ class Loader:
         self.families = (family,) * method.strong_views if isinstance(family, str) else family
         self.labeled_family = family if isinstance(family, str) else family[0]
         self.labeled_strong = method.labeled_strong
+        self.pseudo_labels = pseudo_labels if method.offline_labels else None
         for family in (*self.families, self.labeled_family):
             one_of("family", family, "colour", "noise", "normalised")
         self.uses_unlabeled = method.uses_unlabeled
@@ -166,7 +170,11 @@ class Loader:
             for family, one in zip(self.families, shared, strict=True)
         )
         valid = self.views.valid(images, crops, self.device)
-        return Batch(image, label, weak, strong, valid, image_strong)
+        weak_label = None
+        if self.pseudo_labels:
+            labels = list(self._readers.map(lambda e: self.pseudo_labels[e[1]], entries))
+            weak_label = self.views.crop_labels(labels, crops, self.device)
+        return Batch(image, label, weak, strong, valid, image_strong, weak_label)
 
     def _strong(
         self,

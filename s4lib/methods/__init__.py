@@ -16,6 +16,7 @@ from .mean_teacher import MeanTeacher
 from .n_cps import NCPS
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
+from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
 from .unimatch import UniMatch
 from .unimatch_v2 import UniMatchV2
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "entropy_min": EntropyMin,
     "pseudo_label": PseudoLabel,
+    "st_plus_plus": STPlusPlus,
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
     "classmix": ClassMix,
