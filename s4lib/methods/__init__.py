@@ -6,6 +6,7 @@ from ..method import Method
 from .augseg import AugSeg
 from .classmix import ClassMix
 from .cps import CPS
+from .cutmix_mt import CutMixMT
 from .cutmix_seg import CutMixSeg
 from .dual_teacher import DualTeacher
 from .entropy_min import EntropyMin
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "st_plus_plus": STPlusPlus,
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
+    "cutmix_mt": CutMixMT,
     "classmix": ClassMix,
     "fixmatch": FixMatch,
     "cps": CPS,
