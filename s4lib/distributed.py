@@ -73,6 +73,15 @@ def mean(value: Tensor) -> Tensor:
     return total(value) / world()
 
 
+def gather(value: Tensor) -> Tensor:
+    """`value` of all processes, of equal shape, concatenated in their order (no gradient)."""
+    if not dist.is_initialized():
+        return value.detach()
+    parts = [torch.empty_like(value) for _ in range(world())]
+    dist.all_gather(parts, value.detach().contiguous())
+    return torch.cat(parts)
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     return flag if world() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
 

@@ -282,6 +282,7 @@ class Pixelwise(nn.Module):
         self.encoder = nn.Sequential(nn.Conv2d(3, 4, 1), Residual(), Residual())
         self.decoder = nn.Conv2d(4, 4, 1)
         self.classifier = nn.Conv2d(4, CLASSES, 1)
+        self.representation = nn.Conv2d(4, 4, 1) if changes.get("representation") else None
 
     def encode(self, image):
         return (self.encoder(image),)

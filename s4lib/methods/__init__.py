@@ -19,6 +19,7 @@ from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
 from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
+from .u2pl import U2PL
 from .unimatch import UniMatch
 from .unimatch_v2 import UniMatchV2
 
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "n_cps": NCPS,
     "dual_teacher": DualTeacher,
     "gps": GPS,
+    "u2pl": U2PL,
     "gta_seg": GTASeg,
     "ps_mt": PSMT,
     "unimatch": UniMatch,
