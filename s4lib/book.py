@@ -20,7 +20,7 @@ from s4lib.protocols import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 # These run the book but decide nothing that a page shows.
-MACHINERY = ("book.py", "headless.py", "cli.py", "__main__.py")
+MACHINERY = ("book.py", "headless.py", "cli.py", "grid.py", "slurm.py", "__main__.py")
 
 
 def build(

@@ -113,11 +113,14 @@ class Overview:
     def __call__(self, config: Config, done: int, total: int, text: str = "") -> None:
         was_there = config.run_id not in self.live and done == total
         self.shares[config.run_id] = done / total
-        self.live[config.run_id] = f"{config.method}, draw {config.draw}: {done}/{total} {text}"
-        if done == total:
+        self.live[config.run_id] = (
+            f"{config.method}, draw {config.draw}: {done}/{total} {text}".rstrip()
+        )
+        if done in (0, total):  # queued, or ended
             del self.live[config.run_id]
         if not was_there:  # else the bar would take it for work of this very second
-            self.bar.update(self.done, "; ".join(self.live.values()))
+            some, more = list(self.live.values())[:3], len(self.live) - 3
+            self.bar.update(self.done, "; ".join(some) + (f"; {more} more" if more > 0 else ""))
 
     @property
     def done(self) -> int:
