@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 Operations = list[tuple[str, object]]
 
@@ -20,19 +21,21 @@ Operations = list[tuple[str, object]]
 def hue(image: Tensor, shift: float) -> Tensor:
     """Hue turned by `shift` of the colour circle, HSV's saturation and value kept.
 
-    As torchvision's `adjust_hue`, which takes five times as long.
+    As torchvision's `adjust_hue`, which takes eight times as long.
     """
     red, green, blue = image
-    value = image.amax(0)
-    chroma = value - image.amin(0)
-    third = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    sector = torch.where(value == red, green - blue, third) / chroma.clamp(min=1e-12)
-    channels = []
-    for offset in (5, 3, 1):
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    sector = (red - green).add_(chroma, alpha=4)
+    # A choice, as `where` makes it in twenty times the time: the weights are 0 or 1.
+    sector.lerp_((blue - red).add_(chroma, alpha=2), (value == green).float())
+    sector.lerp_(green - blue, (value == red).float()).div_(chroma.clamp(min=1e-12))
+    turned = torch.empty_like(image)
+    for offset, channel in zip((5, 3, 1), turned, strict=True):
         at = sector + (6 * shift + offset)
-        at = at - 6 * torch.floor(at / 6)
-        channels.append(value - chroma * torch.minimum(at, 4 - at).clamp_(0, 1))
-    return torch.stack(channels)
+        at.sub_(torch.floor(at / 6), alpha=6)
+        torch.sub(value, torch.minimum(at, 4 - at).clamp_(0, 1).mul_(chroma), out=channel)
+    return turned
 
 
 def hsv_saturation(image: Tensor, factor: float) -> Tensor:
@@ -43,12 +46,20 @@ def hsv_saturation(image: Tensor, factor: float) -> Tensor:
 
 
 def blur(image: Tensor, sigma_radius: tuple[float, int]) -> Tensor:
-    """Gaussian blur, the image mirrored at its borders; radius 0 leaves it as it is."""
+    """Gaussian blur, the image mirrored at its borders; radius 0 leaves it as it is.
+
+    Sums of shifted images, one axis after the other: a convolution takes three times as long.
+    """
     sigma, radius = sigma_radius
-    for axis in (0, 1):  # one axis after the other: half the time of both at once
-        size = [1, 1]
-        size[axis] = 2 * min(radius, min(image.shape[1:]) - 1) + 1
-        image = F.gaussian_blur(image, size, [sigma, sigma])
+    radius = min(radius, min(image.shape[1:]) - 1)
+    weight = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
+    weight /= 2 * weight.sum() - 1
+    for axis, border in ((1, (0, 0, radius, radius)), (2, (radius, radius, 0, 0))):
+        mirrored, side = pad(image[None], border, mode="reflect")[0], image.shape[axis]
+        image = mirrored.narrow(axis, radius, side) * float(weight[0])
+        for i in range(1, radius + 1):
+            for first in (radius - i, radius + i):
+                image.add_(mirrored.narrow(axis, first, side), alpha=float(weight[i]))
     return image
 
 
