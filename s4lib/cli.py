@@ -267,10 +267,17 @@ def methods(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", default=None)
     options = parser.parse_args(arguments)
     from .methods import METHODS
+    from .passes import citation, passes
 
     if options.name is None:
+        print("method         deployed  forward teaching backward  from; passes are of a late step")
         for name, kind in METHODS.items():
-            print(f"{name:14} {inspect.getdoc(kind).splitlines()[0]}")
+            forward, teaching, backward = passes(name)
+            print(
+                f"{name:14} {kind.deployed:11}{forward:6g} {teaching:8g} {backward:8g}  "
+                f"{citation(name)}",
+                flush=True,
+            )
         return 0
     if options.name not in METHODS:
         raise ValueError(f"method={options.name!r}: choose one of {', '.join(METHODS)}")

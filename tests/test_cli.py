@@ -110,11 +110,12 @@ def test_train_help_explains_every_field(capsys):
         assert words in printed
 
 
-def test_methods_are_listed_with_one_line_each(capsys):
+def test_methods_are_listed_with_source_deployed_network_and_passes(capsys):
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(METHODS)
-    assert all(len(line.split()) > 3 for line in lines)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == ["method", *METHODS]
+    assert lines["gta_seg"].split()[1:5] == ["teacher", "2", "1", "2"]
+    assert lines["gta_seg"].endswith("Jin, Wang and Lin, NeurIPS 2022")
 
 
 @pytest.mark.parametrize("name", METHODS)
