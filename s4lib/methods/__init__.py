@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..method import Method
 from .augseg import AugSeg
+from .cct import CCT
 from .classmix import ClassMix
 from .cps import CPS
 from .cutmix_mt import CutMixMT
@@ -11,6 +12,7 @@ from .cutmix_seg import CutMixSeg
 from .dual_teacher import DualTeacher
 from .entropy_min import EntropyMin
 from .fixmatch import FixMatch
+from .gct import GCT
 from .gps import GPS
 from .gta_seg import GTASeg
 from .mean_teacher import MeanTeacher
@@ -18,6 +20,7 @@ from .n_cps import NCPS
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
 from .st_plus_plus import STPlusPlus
+from .pseudoseg import PseudoSeg
 from .supervised import Supervised
 from .u2pl import U2PL
 from .unimatch import UniMatch
@@ -31,8 +34,11 @@ METHODS: dict[str, type[Method]] = {
     "mean_teacher": MeanTeacher,
     "cutmix_seg": CutMixSeg,
     "cutmix_mt": CutMixMT,
+    "cct": CCT,
+    "gct": GCT,
     "classmix": ClassMix,
     "fixmatch": FixMatch,
+    "pseudoseg": PseudoSeg,
     "cps": CPS,
     "n_cps": NCPS,
     "dual_teacher": DualTeacher,
