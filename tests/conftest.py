@@ -38,7 +38,17 @@ TINY = {
 }
 
 
+# What makes a method of many or large parts small enough for tests.
+SMALL = {
+    "cct": dict.fromkeys(["dropout", "cutout", "context", "objects", "drop", "noise"], 1),
+    "gct": {"detector_width": 2},
+}
+
+
 def tiny_config(**changes) -> Config:
+    small = SMALL.get(changes.get("method"))
+    if small:
+        changes["method_args"] = {**small, **changes.get("method_args", {})}
     return Config.from_dict({"protocol": "mosaic-32", **PROTOCOLS["mosaic-32"], **TINY, **changes})
 
 
