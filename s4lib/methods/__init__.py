@@ -9,6 +9,7 @@ from .classmix import ClassMix
 from .cps import CPS
 from .cutmix_mt import CutMixMT
 from .cutmix_seg import CutMixSeg
+from .dst import DST
 from .dual_teacher import DualTeacher
 from .entropy_min import EntropyMin
 from .fixmatch import FixMatch
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "dual_teacher": DualTeacher,
     "gps": GPS,
     "u2pl": U2PL,
+    "dst": DST,
     "gta_seg": GTASeg,
     "ps_mt": PSMT,
     "unimatch": UniMatch,

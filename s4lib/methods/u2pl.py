@@ -83,7 +83,8 @@ class U2PL(Method):
             seen = teacher.classifier(fused_t), teacher.representation(fused_t)
         label = torch.where(mix(batch.valid), logits_t.argmax(1), IGNORE)
         if self.released:
-            logits_t = F.interpolate(seen[0][b:], size, mode="bilinear", align_corners=True)
+            corners = teacher.align_corners
+            logits_t = F.interpolate(seen[0][b:], size, mode="bilinear", align_corners=corners)
         unsure, share = entropy(logits_t), self.drop * (1 - clock.epoch / clock.epochs)  # eq. 6
         reliable, _ = ignore_unsure(label, -unsure, share)  # eq. 5
         fused = net.fuse(net.encode(image))
