@@ -235,7 +235,7 @@ class FamilyViews:
 
 
 def _nearest(label: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    return label[torch.from_numpy(rows.nearest)][:, torch.from_numpy(columns.nearest)]
+    return torch.from_numpy(label.numpy()[rows.nearest][:, columns.nearest])
 
 
 def _weighted(pixels: Tensor, axis: Axis) -> Tensor:

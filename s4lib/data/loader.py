@@ -136,7 +136,8 @@ class Loader:
         return list(images), list(labels), crops, rngs
 
     def _normalise(self, image: Tensor) -> Tensor:
-        return ((image - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        normalised = (image - self.mean).div_(self.std)
+        return normalised.contiguous(memory_format=torch.channels_last)
 
     def __getitem__(self, step: int) -> Batch:
         expected, ahead = self._next
