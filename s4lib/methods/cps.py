@@ -63,7 +63,7 @@ def predictions(
     if mix is None:
         taught = [torch.cat([x, net(batch.weak)]) for x, net in zip(logits, nets, strict=True)]
         keep = torch.cat([batch.label != IGNORE, batch.valid])
-        return logits, taught, [x.detach() for x in taught], keep
+        return logits, taught, taught, keep
     with torch.no_grad():
         teaching = [mix(net(batch.weak)) for net in nets]
     return logits, [net(mix(batch.weak)) for net in nets], teaching, mix(batch.valid)
