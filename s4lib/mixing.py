@@ -10,6 +10,8 @@ Published CutMix is many algorithms. They differ in how boxes are drawn and in w
 | `cutmix_xor` | CPS | three boxes that cancel where they overlap: about a quarter |
 | `cutmix_small` | UniMatch | up to 0.4, or nothing |
 | `classmix` | Olsson et al. (2021) | half of the classes that are seen |
+| `cutmix_class` | AEL | `area`, with something of a wanted class in it |
+| `copy_paste` | AEL | given classes of an annotated image |
 | `cutmix_inject` | AugSeg | as `cutmix_beta`, of images that hold labeled ones |
 
 Arguments they share: `like` is any tensor (B, ..., H, W) that gives batch, size and device; `area`
@@ -225,6 +227,52 @@ def boxes_beta(like: Tensor, a: float, b: float) -> Tensor:
     y = h // 8 + (u[:, 0] * (h - h // 8)).floor()
     x = w // 8 + (u[:, 1] * (w - w // 8)).floor()
     return paint(y - up, x - back, 2 * up, 2 * back, like)
+
+
+def copy_paste(label: Tensor, classes: Tensor, p: float = 0.5) -> Mix:
+    """AEL: with probability `p` an image gets the next one's pixels of some classes.
+
+    In the released code they are zoomed by 0.1 to 2 before (SemiSeg-AEL@747c797), here they stay.
+
+    Args:
+        label: (B, H, W) int64, annotations; IGNORE is of no class.
+        classes: (K,) bool, those that are pasted.
+    """
+    classes = torch.cat([classes, classes.new_zeros(IGNORE + 1 - len(classes))])
+    pasted = _move(torch.rand(len(label), 1, 1), label) < p
+    partner = _next(label)
+    return Mix(classes[label[partner]] & pasted, partner)
+
+
+def cutmix_class(label: Tensor, wanted: Tensor, area: float = 0.5) -> Mix:
+    """AEL: a box that holds something of a wanted class, from an image that shows it.
+
+    The partner is any other image of the batch with that class, else any other. The box has the
+    shape of `cutmix` and lies anywhere where it holds a random pixel of the class. The released
+    code instead draws partners from the whole list, by what it last saw in them, and fits the box
+    to a connected region (SemiSeg-AEL@747c797, generate_cutmix_mask).
+
+    Args:
+        label: (B, H, W) int64, predictions.
+        wanted: (B,) int64, a class per image.
+    """
+    _ordered("area", (area, area), 1)
+    b, (h, w) = len(label), label.shape[-2:]
+    u, prefer = (_move(torch.rand(b, n), label) for n in (4, b))
+    shown = torch.stack([(label == c).flatten(1).any(1) for c in wanted])  # (image, partner)
+    itself = torch.eye(b, device=label.device)
+    partner = (prefer + shown.float() - 3 * itself).argmax(1)
+    pool = label[partner].flatten(1) == wanted[:, None]
+    order = (pool | ~pool.any(1, keepdim=True)).cumsum(1)
+    number = (u[:, :1] * order[:, -1:]).long().minimum(order[:, -1:] - 1) + 1
+    pixel = torch.searchsorted(order, number)[:, 0]
+    high = area ** u[:, 1]
+    sides = torch.stack([(high * h).round(), (area / high * w).round().clamp(max=w)], 1)
+    room = torch.tensor([h, w], device=label.device) - sides
+    at = torch.stack([pixel // w, pixel % w], 1)
+    low, top = (at - sides + 1).clamp(min=0), at.minimum(room)
+    place = low + (u[:, 2:] * (top - low + 1)).floor()
+    return Mix(paint(*place.T, *sides.T, label), partner)
 
 
 def _ordered(name: str, bounds: tuple[float, float], most: float = math.inf) -> None:

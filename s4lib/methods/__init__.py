@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..method import Method
+from .ael import AEL
 from .augseg import AugSeg
 from .cct import CCT
 from .classmix import ClassMix
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "n_cps": NCPS,
     "dual_teacher": DualTeacher,
     "gps": GPS,
+    "ael": AEL,
     "u2pl": U2PL,
     "dst": DST,
     "gta_seg": GTASeg,
