@@ -155,3 +155,46 @@ def prototype_nce(
     logits = torch.cat([near[..., None], far], 2) / temperature
     loss = torch.where(term, -logits.log_softmax(2)[..., 0].mean(1), 0).sum()
     return loss / valid.clamp(min=1) * (valid > 1)
+
+
+def pixel_nce(
+    rep: Tensor,
+    target: Tensor,
+    label: Tensor,
+    classes: int,
+    u_anchor: Tensor,
+    u_negative: Tensor,
+    temperature: float = 0.07,
+    same_image: bool = False,
+    debias: bool = True,
+) -> Tensor:
+    """InfoNCE of drawn pixels with themselves in another view, a 0-d tensor; mean over anchors.
+
+    Negatives are pixels of that view with another (pseudo-)label and in another image; an anchor
+    without any adds zero. Similarities are cosines. PC2Seg (Zhong et al., 2021), whose details
+    are not public: see s4lib/methods/pc2seg.py.
+
+    Args:
+        rep: (B, D, h, w), gets the gradient; target: the other view's, likewise, gets none.
+        label: (B, h, w) int64, IGNORE is neither anchor nor negative.
+        u_anchor: (Q,), u_negative: (Q, M), uniform draws in [0, 1), with replacement, among the
+            pixels that may be one in the order (image, y, x).
+        same_image: negatives may be in the anchor's image; `debias`: they need another label.
+    """
+    k, n = torch.arange(classes, device=rep.device)[:, None], label.numel()
+    image = torch.arange(len(rep), device=rep.device).repeat_interleave(n // len(rep))
+    rep, target = (F.normalize(pixels(x).float(), dim=1) for x in (rep, target.detach()))
+    label = label.flatten()
+    known = (label != IGNORE).cumsum(0)
+    anchor = torch.searchsorted(known, place(u_anchor, known[-1]) + 1).clamp(max=n - 1)
+    pools = (label != IGNORE) & ((label != k) | (not debias))  # (K, N), one after the other
+    order, count = pools.flatten().cumsum(0), pools.sum(1)
+    of = label[anchor].clamp(max=classes - 1)
+    number = (count.cumsum(0) - count)[of, None] + place(u_negative, count[of, None]) + 1
+    negative = torch.searchsorted(order, number) % n
+    allowed = (image[anchor][:, None] != image[negative]) | same_image
+    allowed &= (count[of] > 0)[:, None]
+    near = (rep[anchor] * target[anchor]).sum(1, keepdim=True)
+    far = torch.einsum("qd,qmd->qm", rep[anchor], target[negative])
+    logits = torch.cat([near, far.masked_fill(~allowed, -math.inf)], 1) / temperature
+    return torch.where(known[-1] > 0, -logits.log_softmax(1)[:, 0].mean(), 0)

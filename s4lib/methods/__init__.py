@@ -19,6 +19,7 @@ from .gps import GPS
 from .gta_seg import GTASeg
 from .mean_teacher import MeanTeacher
 from .n_cps import NCPS
+from .pc2seg import PC2Seg
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
 from .st_plus_plus import STPlusPlus
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "n_cps": NCPS,
     "dual_teacher": DualTeacher,
     "gps": GPS,
+    "pc2seg": PC2Seg,
     "ael": AEL,
     "u2pl": U2PL,
     "dst": DST,
