@@ -212,6 +212,16 @@ RECIPES: types.MappingProxyType[str, dict[str, dict]] = types.MappingProxyType(
         },
     }
 )
+# UniMatch-V2@f6afb4d, 4 x (4+4) on VOC, 4 x (2+2) on Cityscapes; its OHEM counts per GPU. The base
+# network is `net=dinov2-base-dpt`. Its windows over the far border are shifted back.
+_UNIMATCH_V2 = {
+    "net": "dinov2-small-dpt",
+    "optimizer": "adamw",
+    "augment": "unimatch",
+    "lr": 2e-4,
+    "encoder_lr": 1 / 40,
+    "weight_decay": 1e-2,
+}
 # GTA-Seg@534f10f is U2PL's program with 4 x (3+3) images; GPS says that it follows CPS; of Dual
 # Teacher on VOC and Cityscapes nothing is released, so that UniMatch's schedule stands in for it,
 # with the network whose size the slides print.
@@ -223,6 +233,28 @@ RECIPES = types.MappingProxyType(
             "cityscapes": RECIPES["u2pl"]["cityscapes"],
         },
         "gps": RECIPES["cps"],
+        "unimatch_v2": {
+            "voc": {
+                **_UNIMATCH_V2,
+                "crop": [518, 518],
+                "batch": 16,
+                "unlabeled_batch": 16,
+                "epochs": 60,
+                "evaluation": "unimatch-whole",
+                "eval_args": {"multiple": 14},
+            },
+            "cityscapes": {
+                **_UNIMATCH_V2,
+                "crop": [798, 798],
+                "batch": 8,
+                "unlabeled_batch": 8,
+                "epochs": 180,
+                "sup_loss": "ohem",
+                "ohem_min_kept": 200_000,
+                "evaluation": "unimatch-slide",
+                "eval_args": {"crop": [798, 798], "stride": 532, "border": "shift"},
+            },
+        },
         "dual_teacher": {
             "voc": {**RECIPES["unimatch"]["voc"], "net": "mmseg-resnet50", "crop": [513, 513]},
             "cityscapes": RECIPES["unimatch"]["cityscapes"],
