@@ -363,7 +363,7 @@ def bench(arguments: list[str]) -> int:
     parser.add_argument("--strong_views", type=int, default=1)
     parser.add_argument("--images", type=int, default=64, help="how many are prepared")
     options = parser.parse_args(arguments).as_dict()
-    from .bench import bench_data
+    from .bench_data import bench_data
 
     count, strong_views = options.pop("images"), options.pop("strong_views")
     options.pop("what")

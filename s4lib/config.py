@@ -71,6 +71,7 @@ class Config:
         clip: largest gradient norm; 0 does not clip.
         accumulate: batches whose gradients make one update.
         amp: off, bf16 or fp16 (with loss scaling).
+        compile: networks through torch.compile, which pays on a GPU; warns where it does not work.
         sync_bn: batch normalisation over all processes.
         eval_every: epochs between evaluations.
         seed: of initial weights, data order, views and noise.
@@ -125,6 +126,7 @@ class Config:
     clip: float = 0.0
     accumulate: int = 1
     amp: typing.Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
     sync_bn: bool = True
     eval_every: int = 1
     seed: int = 0

@@ -213,11 +213,15 @@ def ema(target: nn.Module, source: nn.Module, decay: float, buffers: str = "copy
     the target's own.
     """
     one_of("buffers", buffers, "copy", "ema", "keep")
-    average = list(zip(target.parameters(), source.parameters(), strict=True))
+    average, copied = list(zip(target.parameters(), source.parameters(), strict=True)), []
     for t, s in zip(target.buffers(), source.buffers(), strict=True):
         if buffers == "ema" and t.is_floating_point():
             average.append((t, s))
         elif buffers != "keep":
-            t.copy_(s)
+            copied.append((t, s))
+    for floating in (True, False):  # of one type, they are one kernel on a GPU
+        pairs = [(t, s) for t, s in copied if t.is_floating_point() is floating]
+        if pairs:
+            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
     if average:
         torch._foreach_lerp_([t for t, _ in average], [s for _, s in average], 1 - decay)

@@ -20,8 +20,10 @@ class Minimizer:
 
     def __init__(self, method: Method, config: Config, device: torch.device):
         self.nets = {name: net for name, net in method.named_children() if trainable(net)}
-        self.optimizers = {name: self._optimizer(net, config) for name, net in self.nets.items()}
         self.method, self.config = method, config
+        # One kernel for all weights; and with a loss scale, nothing to wait for.
+        self.fused = True if device.type == "cuda" else None
+        self.optimizers = {name: self._optimizer(net, config) for name, net in self.nets.items()}
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.updates_now = True
         self.step = 0
@@ -39,8 +41,8 @@ class Minimizer:
             for (factor, decay), params in parts.items()
         ]
         if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr)
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+            return torch.optim.AdamW(groups, lr=config.lr, fused=self.fused)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=self.fused)
 
     def begin(self, clock: Clock, last: bool = True) -> float:
         """Set the learning rates of the step; `last` says that this batch completes an update.

@@ -33,6 +33,7 @@ from .interrupts import Interrupted, stop_requests
 from .method import Clock, Method, train_step
 from .minimizer import Minimizer
 from .run_folder import RunFolder
+from .speed import compile_networks, keep_freed_memory
 
 LOG_EVERY = 10  # steps
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +69,8 @@ def fit(
         OSError: the disk is full or read-only.
     """
     device = distributed.start(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     folder = RunFolder(out, config)
     record = folder.record()
     restart = restart or (record is not None and bool(folder.missing()))
@@ -120,6 +123,7 @@ class Run:
         distributed.broadcast(self.method)
         net = network_of(self.method)
         self.normalise = normaliser(net.mean, net.std, device)
+        self.compiled = config.compile and compile_networks(self.method, device)
         self.minimizer = Minimizer(self.method, config, device)
         self.loader = Loader(
             self.images,
@@ -137,7 +141,7 @@ class Run:
         self.steps_per_epoch = math.ceil(self.loader.steps_per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
         self.sums: dict[str, float] = {}  # of logged losses since the last line
-        self.logged = 0
+        self.logged: dict[str, int] = {}  # batches that had them
         self.best: dict[str, dict] = {}
         self.last: dict[str, dict] = {}
         self.seconds = 0.0
@@ -224,14 +228,15 @@ class Run:
                 losses = train_step(self.method, batch, clock, self.minimizer, self.config.warmup)
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach() / parts
-        self.logged += 1
+                self.logged[name] = self.logged.get(name, 0) + 1
         return lr
 
     def _log(self, step: int, lr: float, board) -> None:
         means = {
-            name: float(distributed.mean(value)) / self.logged for name, value in self.sums.items()
+            name: float(distributed.mean(value)) / (self.logged[name] / self.config.accumulate)
+            for name, value in self.sums.items()
         }
-        self.sums, self.logged = {}, 0
+        self.sums, self.logged = {}, {}
         if self.main:
             self.folder.log({"kind": "train", "step": step, "of": self.steps, "lr": lr, **means})
             for name, value in means.items():
@@ -240,14 +245,17 @@ class Run:
 
     def _evaluate(self, step: int, epoch: int, board) -> str:
         """Evaluate every network, keep the best deployed weights; returns a line of text."""
-        counts = count(
-            evaluated(self.method),
-            self.held_out,
-            self.held_out_indices,
-            self.normalise,
-            self.device,
-            self.evaluation,
-        )
+        # Images of many sizes would each be compiled.
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else None
+        with eager or contextlib.nullcontext():
+            counts = count(
+                evaluated(self.method),
+                self.held_out,
+                self.held_out_indices,
+                self.normalise,
+                self.device,
+                self.evaluation,
+            )
         found = scores(counts, self.evaluation.absent)
         self.last = {name: {**score, "epoch": epoch} for name, score in found.items()}
         for name, score in self.last.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,10 @@ from conftest import equal, tiny_config
 
 from s4lib import progress, trainer
 from s4lib.cli import main
+from s4lib.data.images import Images
+from s4lib.data.loader import Loader
+from s4lib.data.views import Views
+from s4lib.losses import IGNORE
 from s4lib.method import trainable
 from s4lib.methods.supervised import Supervised
 from s4lib.run_folder import Busy, RunFolder
@@ -625,3 +630,85 @@ def test_trained_networks_hold_no_gradients_of_teachers(tiny, tmp_path):
     run.train(False, lambda *arguments: None)
     assert trainable(run.method.student) and not trainable(run.method.teacher)
     assert all(p.grad is None for p in run.method.teacher.parameters())
+
+
+# ---------------------------------------------------------------- speed changes no number
+
+
+def test_a_loss_of_some_steps_is_averaged_over_those_and_survives_a_resume(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 4)
+    step = Supervised.step
+
+    def rare(self, batch, clock, minimize):
+        losses = step(self, batch, clock, minimize)
+        return {**losses, "rare": torch.tensor(2.0)} if clock.step % 4 == 1 else losses
+
+    monkeypatch.setattr(Supervised, "step", rare)
+    config = tiny(epochs=4)  # 12 steps
+    fit(config, out=tmp_path / "whole")
+    found = lines(tmp_path / "whole" / config.run_id, "train")
+    assert [line["rare"] for line in found] == [2.0, 2.0, 2.0]
+
+    def kill(done: int, total: int, text: str) -> None:
+        if done == 7:  # the checkpoint of step 6 holds one of the two steps since step 4
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(config, out=tmp_path / "runs", progress=kill)
+    fit(config, out=tmp_path / "runs", resume=True)
+    both = [(tmp_path / side / config.run_id / "metrics.jsonl") for side in ("whole", "runs")]
+    assert both[0].read_bytes() == both[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["supervised", "cutmix_seg"])
+def test_prefetch_cache_and_kept_memory_leave_the_weights_bit_equal(
+    tiny, tmp_path, monkeypatch, method
+):
+    config = tiny(method=method)
+    fit(config, out=tmp_path / "fast")
+    plain = tmp_path / "plain"
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "keep_bytes", 0)
+        patch.setattr(trainer, "keep_freed_memory", lambda: None)
+        fit(config, out=plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Loader", functools.partial(Loader, prefetch=True))
+        fit(config, out=tmp_path / "ahead")
+    for side in ("plain", "ahead"):
+        assert_equal(
+            weights_of(tmp_path / side / config.run_id),
+            weights_of(tmp_path / "fast" / config.run_id),
+        )
+
+
+@pytest.mark.parametrize("outside", ["reflect", "void"])
+def test_bytes_sent_to_the_device_give_the_views_that_floats_give(outside):
+    g = torch.Generator().manual_seed(0)
+    images = list(torch.randint(0, 256, (2, 3, 20, 24), generator=g, dtype=torch.uint8))
+    labels = list(torch.randint(0, 9, (2, 20, 24), generator=g, dtype=torch.uint8))
+    labels[0][3:9] = IGNORE
+    views = Views((16, 16), scale=(0.5, 2.0), outside=outside)
+    rngs = [np.random.default_rng(i) for i in range(2)]
+    crops = [views.draw_crop(rng, 20, 24) for rng in rngs]
+    floats = views.crop_images([image.float() for image in images], crops)
+    assert torch.equal(views.crop_images(images, crops), floats)
+    wide = views.crop_labels([label.long() for label in labels], crops)
+    assert torch.equal(views.crop_labels(labels, crops), wide)
+    assert wide.unique().tolist() == [*range(9), IGNORE]
+
+
+def test_compile_that_does_not_work_is_said_once_and_the_run_is_the_plain_one(
+    tiny, tmp_path, monkeypatch
+):
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(UserWarning, match="compile=true has no effect.*no C.. compiler$"):
+        fit(tiny(compile=True), out=tmp_path)
+    fit(tiny(), out=tmp_path)
+    assert tiny(compile=True).run_id != tiny().run_id  # elsewhere it changes last bits
+    a, b = (weights_of(tmp_path / c.run_id) for c in (tiny(compile=True), tiny()))
+    assert_equal(a, b)

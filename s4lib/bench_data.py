@@ -1,16 +1,20 @@
-"""How fast a core prepares training images, and where its time goes."""
+"""How fast a core prepares training images, where time goes, and a released pipeline beside it."""
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
 
 from .config import Config
 from .data import open_dataset
 from .data.families import build_views
+from .speed import keep_freed_memory
 
 MEAN = (0.485, 0.456, 0.406)  # of padding; normalisation costs the same with any
 
@@ -20,7 +24,9 @@ class DataTimes:
     """CPU seconds of each part, for `images` images of `height` x `width` on average.
 
     Decoding is without the cache that keeps read images; the weak view is the crop with its label,
-    resized and normalised; the strong views are further versions of that crop.
+    resized and normalised; the strong views are further versions of that crop. `released` are the
+    seconds of UniMatch's released pipeline for the same images, decoding included; None for views
+    of another family.
     """
 
     images: int
@@ -29,6 +35,7 @@ class DataTimes:
     decode: float
     weak: float
     strong: float
+    released: float | None
 
     @property
     def seconds(self) -> float:
@@ -49,6 +56,8 @@ def bench_data(config: Config, count: int, strong_views: int) -> DataTimes:
     views = build_views(config, dataset[0][0].shape[1:], MEAN)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
+    released = 0.0 if config.augment == "unimatch" else None
     try:
         _batch(dataset, views, range(min(count, config.batch)), strong_views)  # first calls: slow
         times, sizes = np.zeros(3), []
@@ -56,9 +65,14 @@ def bench_data(config: Config, count: int, strong_views: int) -> DataTimes:
             indices = range(first, min(first + config.batch, count))
             spent, seen = _batch(dataset, views, indices, strong_views)
             times, sizes = times + spent, sizes + seen
+            if released is not None:  # in turn, so that both meet the same machine
+                began = time.process_time()
+                for index in indices:
+                    _released_unimatch(dataset, index % len(dataset), views.crop, strong_views)
+                released += time.process_time() - began
     finally:
         torch.set_num_threads(threads)
-    return DataTimes(count, *np.mean(sizes, 0).tolist(), *times.tolist())
+    return DataTimes(count, *np.mean(sizes, 0).tolist(), *times.tolist(), released)
 
 
 def _batch(dataset, views, indices: range, strong_views: int) -> tuple[np.ndarray, list]:
@@ -82,4 +96,34 @@ def _batch(dataset, views, indices: range, strong_views: int) -> tuple[np.ndarra
 
 def _normalised(image: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(MEAN).view(3, 1, 1)
-    return ((image - mean) / mean).contiguous(memory_format=torch.channels_last)
+    return (image - mean).div_(mean).contiguous(memory_format=torch.channels_last)
+
+
+def _released_unimatch(dataset, index: int, crop: tuple[int, int], strong_views: int) -> list:
+    """[weak, strong ..., annotation] as UniMatch@0324f3dd makes them of one image with PIL and
+    torchvision (dataset/semi.py, dataset/transform.py): zoom, padding, crop, flip; per strong view
+    jitter, greyscale and blur; CutMix boxes left out, as they are of ours.
+    """
+    image, label = map(Image.fromarray, dataset.read(index))
+    long = max(image.size)
+    side = random.randint(int(0.5 * long), int(2 * long))
+    size = [max(1, round(s * side / long)) for s in image.size]
+    image, label = image.resize(size, Image.BILINEAR), label.resize(size, Image.NEAREST)
+    border = (0, 0, *(max(0, c - s) for c, s in zip(crop[::-1], size, strict=True)))
+    image, label = ImageOps.expand(image, border), ImageOps.expand(label, border, fill=255)
+    left, top = (random.randint(0, s - c) for s, c in zip(image.size, crop[::-1], strict=True))
+    box = (left, top, left + crop[1], top + crop[0])
+    image, label = image.crop(box), label.crop(box)
+    if random.random() < 0.5:
+        image, label = ImageOps.mirror(image), ImageOps.mirror(label)
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, MEAN)])
+    views = [image]
+    for _ in range(strong_views):
+        view = image
+        if random.random() < 0.8:
+            view = transforms.ColorJitter(0.5, 0.5, 0.5, 0.25)(view)
+        view = transforms.RandomGrayscale(0.2)(view)
+        if random.random() < 0.5:
+            view = view.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+        views.append(view)
+    return [*map(normalise, views), torch.from_numpy(np.array(label)).long()]
