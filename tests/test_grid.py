@@ -132,6 +132,22 @@ def test_what_could_not_be_trained_is_refused_before_anything_is(file, refused, 
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_help_explains_the_file(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["grid", "--help"])
+    printed = capsys.readouterr().out
+    assert not stop.value.code
+    for words in (
+        "seed: [0, 1, 2]",
+        "override:",
+        "--budget",
+        "--engine",
+        "--partition",
+        "Exit code",
+    ):
+        assert words in printed
+
+
 def test_times_are_written_as_people_write_them():
     assert [seconds("budget", t) for t in ("90s", "9m", "1h30m", "1.5h")] == [90, 540, 5400, 5400]
 
@@ -262,25 +278,28 @@ def assert_each_trained_once(path: Path, out: Path) -> None:
 
 
 def kill_and_go_on(path: Path, out: Path, kills: int) -> None:
-    """kill -9 of the grid at random moments, first when a run has a checkpoint; then let it end."""
+    """kill -9 of the grid, every third time as it starts, else at a random step; let it end."""
     chance, recorded = random.Random(0), {}
-    for number in range(kills):
+    folders = [RunFolder(out, config) for config in read(path)]
+    for number in range(1, kills + 1):
         process = grid_process(path, out, "--slots", "2")
-        until = time.monotonic() + 120
-        pause = time.monotonic() + chance.uniform(0, 25)
-        while (
-            number == 0 and not list(out.glob("*/last.pt")) or number and time.monotonic() < pause
-        ):
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
-        process.kill()
+        goal = sum(f.steps()[0] for f in folders) + chance.randint(1, 40)
+        pause, until = time.monotonic() + chance.uniform(0, 8), time.monotonic() + 120
+        try:
+            while (
+                time.monotonic() < pause
+                if number % 3 == 0
+                else sum(f.steps()[0] for f in folders) < goal
+            ):
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            process.kill()
         assert process.wait() == -signal.SIGKILL
-        for record, before in recorded.items():
-            assert record.stat().st_mtime_ns == before
+        assert all(r.stat().st_mtime_ns == before for r, before in recorded.items())
         recorded = {r: r.stat().st_mtime_ns for r in out.glob("*/record.json")}
     assert main(["grid", str(path), "--out", str(out), "--slots", "2"]) == 0
-    for record, before in recorded.items():
-        assert record.stat().st_mtime_ns == before
+    assert all(r.stat().st_mtime_ns == before for r, before in recorded.items())
     assert_each_trained_once(path, out)
 
 
@@ -298,7 +317,7 @@ def test_a_grid_that_is_killed_leaves_no_process_and_is_gone_on_with(file, tmp_p
 
 @pytest.mark.slow
 def test_a_grid_that_is_killed_ten_times_loses_and_repeats_nothing(file, tmp_path):
-    some = {**TINY, "epochs": 300, "eval_every": 100}
+    some = {**TINY, "epochs": 20, "eval_every": 10}
     path = file({**GRID, "method": ["supervised", "mean_teacher"], "seed": [0, 1, 2], "set": some})
     kill_and_go_on(path, tmp_path / "runs", 10)
 
