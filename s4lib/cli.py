@@ -11,6 +11,7 @@
   s4 records runs --out book/records/mine.jsonl         collect records in one file
   s4 renew book/records/mine.jsonl                      is a record of older code still true?
   s4 bench data --dataset camvid --data_root DIR        images a second that one core prepares
+  s4 bench step --suite voc --out bench.json            speed and memory of training steps
   s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
 
 `s4 COMMAND --help` explains each. Bad input is one line on standard error and exit code 2.
@@ -352,8 +353,13 @@ def renew_records(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
+    if arguments[:1] in (["step"], ["eval"]):
+        from .bench import main
+
+        text = "Speed and memory of training steps by part, or of evaluation, on noise."
+        return main(_parser("bench", text), arguments)
     parser = _parser("bench", "Measure how many training images a second one core prepares.")
-    parser.add_argument("what", choices=["data"])
+    parser.add_argument("what", choices=["data", "step", "eval"])
     for name in ("dataset", "data_root", "augment", "outside"):
         parser.add_argument(f"--{name}", default=getattr(Config, name))
     for name, kind in (("size", int), ("crop", int), ("scale", float)):
@@ -380,6 +386,12 @@ def bench(arguments: list[str]) -> int:
         ("colour", times.strong),
     ):
         print(f"{name:16}{100 * seconds / times.seconds:4.0f} %{1e3 * seconds / count:9.2f} ms")
+    if times.released:
+        ours, held = times.released / times.seconds, times.released / (times.weak + times.strong)
+        print(
+            f"the released pipeline: {count / times.released:.1f} images/s; ours {ours:.1f} times "
+            f"that, {held:.1f} times with decoded images in memory"
+        )
     return 0
 
 

@@ -9,11 +9,15 @@ import sys
 import pytest
 import torch
 
+from s4lib.bench import SUITES
+from s4lib.bench_step import bench_step
 from s4lib.build import build_method
+from s4lib.config import Config
 from s4lib.method import Batch, Clock
 from s4lib.methods import METHODS
 from s4lib.minimizer import Minimizer
-from s4lib.trainer import fit
+from s4lib.run_folder import RunFolder
+from s4lib.trainer import Run, fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,3 +96,30 @@ def test_one_process_under_nccl_trains(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "mIoU" in done.stdout
     assert (tmp_path / config.run_id / "record.json").exists()
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_device(tiny, tmp_path, method, amp):
+    config = tiny(method=method, amp=amp, device="cuda")
+    run = Run(config, RunFolder(tmp_path, config), torch.device("cuda"))
+    for step in range(2):  # kernels are chosen, caches filled
+        run._step(Clock(step, run.steps_per_epoch, config.epochs))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._step(Clock(2, run.steps_per_epoch, config.epochs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_bf16_compiled_is_twice_as_fast_in_three_fifths_of_the_memory():
+    plain, fast = (
+        bench_step(
+            Config.from_dict({**SUITES["voc"][0], "crop": [513, 513], "device": "cuda", **changes})
+        )
+        for changes in ({}, {"amp": "bf16", "compile": True})
+    )
+    assert fast["compile"] and fast["images_per_second"] >= 2 * plain["images_per_second"]
+    assert fast["peak_memory_bytes"] <= 0.6 * plain["peak_memory_bytes"]
+    assert fast["share_of_matmul"] >= 0.35

@@ -712,3 +712,16 @@ def test_compile_that_does_not_work_is_said_once_and_the_run_is_the_plain_one(
     assert tiny(compile=True).run_id != tiny().run_id  # elsewhere it changes last bits
     a, b = (weights_of(tmp_path / c.run_id) for c in (tiny(compile=True), tiny()))
     assert_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_networks_train_as_plain_ones_and_keep_their_names(tiny, tmp_path):
+    configs = [tiny(method="cutmix_seg", epochs=1, compile=on) for on in (False, True)]
+    for config in configs:
+        fit(config, out=tmp_path)
+    a, b = (weights_of(tmp_path / config.run_id) for config in configs)
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    kept = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert kept >= 3  # encoder, decoder, classifier: else nothing was compiled

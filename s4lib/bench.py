@@ -1,0 +1,126 @@
+"""`s4 bench step` and `s4 bench eval`: a table on the screen, a record in a file.
+
+s4 bench step --suite voc --out book/records/bench-voc.json      # everything, on a GPU
+s4 bench step --method cutmix_seg --net light --crop 96 96 --amp bf16 --compile
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import jsonargparse
+
+from . import distributed, records
+from .bench_parts import Clocks
+from .bench_step import CLASSES, Noise, bench_step
+from .build import build_method, network_of
+from .config import Config
+from .evaluate import count, evaluated, evaluation, normaliser
+from .run_folder import write_atomically
+
+_VOC = {"net": "unimatch-resnet101", "augment": "unimatch", "optimizer": "sgd", "lr": 1e-3}
+_FAST = {"amp": "bf16", "compile": True}
+_CPU = {"net": "light", "crop": [96, 96]}
+# Changes to a Config. On a GPU, those without `amp` and `compile` run as a plain program would.
+SUITES: types.MappingProxyType[str, list[dict]] = types.MappingProxyType(
+    {
+        "voc": [
+            {**_VOC, "method": name, "crop": [side, side], **fast}
+            for name in ("supervised", "mean_teacher", "cutmix_seg", "gta_seg", "ps_mt", "gps")
+            for side in (321, 513)
+            for fast in ({}, _FAST)
+        ],
+        "cpu": [
+            {**_CPU, "method": name}
+            for name in ("supervised", "mean_teacher", "cutmix_seg", "gta_seg", "ps_mt", "gps")
+        ],
+    }
+)
+
+
+def bench_eval(config: Config, count_images: int = 32) -> dict:
+    """Images a second of an evaluation of every network by `config.evaluation`, on noise."""
+    device, images = distributed.start(config.device), Noise(config.size or (360, 480))
+    built = build_method(config, CLASSES).to(device)
+    net, clocks, rule = network_of(built), Clocks(device), config.evaluation
+    arguments = normaliser(net.mean, net.std, device), device, evaluation(rule, config.eval_args)
+    passes = []
+    for number in (2, count_images):
+        began = clocks.now()
+        count(evaluated(built), images, [i % 64 for i in range(number)], *arguments)
+        passes.append(clocks.now() - began)
+    return {
+        "method": config.method, "net": config.net, "size": list(images.size), "evaluation": rule,
+        "networks": len(evaluated(built)), "images_per_second": count_images / passes[-1],
+    }  # fmt: skip
+
+
+def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
+    """The two commands. Raises ValueError for bad input."""
+    parser.add_argument("what", choices=["step", "eval"])
+    parser.add_argument("--suite", choices=list(SUITES), help="measure all of these instead")
+    for name in ("method", "net", "amp", "evaluation", "augment", "device"):
+        parser.add_argument(f"--{name}", default=getattr(Config, name))
+    for name in ("batch", "unlabeled_batch"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    for name, default in (("crop", [96, 96]), ("size", [360, 480])):
+        parser.add_argument(f"--{name}", type=int, nargs=2, default=default)
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--count", type=int, default=10, help="steps, or images to evaluate")
+    parser.add_argument("--out", default="", help="JSON file to write")
+    given = parser.parse_args(arguments).as_dict()
+    what, suite, number, out = (given.pop(key) for key in ("what", "suite", "count", "out"))
+    chosen = SUITES[suite] if suite else [{}]
+    rows = []
+    for changes in chosen:
+        config = Config.from_dict({**given, **changes})
+        rows.append((bench_step if what == "step" else bench_eval)(config, number))
+        print(_line(rows[-1]), flush=True)
+    if out:
+        device = distributed.start(given["device"])
+        record = {"kind": what, "suite": suite, "rows": rows, **records.surroundings(device)}
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(Path(out), lambda file: file.write(text.encode()))
+    return 0
+
+
+def table(folder: str | Path) -> str:
+    """Markdown of the records of steps, `bench-step-*.json`; what no GPU has measured is blank."""
+    lines = ["| method | network | crop | precision | images/s | ms | GiB | TFLOP/s | of matmul |"]
+    lines.append("|" + " --- |" * 9)
+    paths = sorted(Path(folder).glob("bench-step-*.json"))
+    for record in (json.loads(path.read_text("utf8")) for path in paths):
+        for r in record["rows"]:
+            numbers = f"{r['images_per_second']:.1f} | {r['step_ms']:.1f} | "
+            numbers += f"{r['peak_memory_bytes'] / 2**30:.2f} | {r['tflops']:.3f} | "
+            lines.append(_cells(r, f"{numbers}{100 * r['share_of_matmul']:.0f} %"))
+        lines.append(f"| *{record['device']}, torch {record['versions']['torch']}* |" + " |" * 8)
+    if not any("voc" in path.stem for path in paths):
+        lines += [
+            _cells({"amp": "off", "compile": False, **row}, "| | | |") for row in SUITES["voc"]
+        ]
+    return "\n".join(lines)
+
+
+def _cells(row: dict, numbers: str) -> str:
+    kind = row["amp"] + (", compiled" if row["compile"] else "")
+    crop = " x ".join(map(str, row["crop"]))
+    return f"| {row['method']} | {row['net']} | {crop} | {kind} | {numbers} |"
+
+
+def _line(row: dict) -> str:
+    if "evaluation" in row:
+        return (
+            f"{row['method']} {row['net']} {row['size']} {row['evaluation']}: "
+            f"{row['images_per_second']:.1f} images/s, {row['networks']} networks"
+        )
+    kind = f"{row['amp']}{', compiled' if row['compile'] else ''}"
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in row["parts_ms"].items())
+    return (
+        f"{row['method']} {row['net']} {row['crop']} x {row['batch']}, {kind}: "
+        f"{row['images_per_second']:.1f} images/s, {row['step_ms']:.1f} ms ({parts}), "
+        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB, {row['tflops']:.3f} TFLOP/s, "
+        f"{100 * row['share_of_matmul']:.0f} % of a matrix product's"
+    )
