@@ -145,13 +145,13 @@ def prototype_nce(
     count = anchors.sum(1)
     term = term & (count > 0) & (bank.size[queue] > 0)
     at = torch.searchsorted(anchors.cumsum(1), place(u_anchor, count[:, None]) + 1)
-    anchor = F.normalize(rep[at.clamp(max=len(rep) - 1)], dim=-1)  # (K, Q, D)
-    prototype = members.float() @ rep_teacher / members.sum(1, keepdim=True).clamp(min=1)
-    with torch.no_grad():
-        keys = bank.rows(queue, u_negative)
-        length = torch.linalg.vector_norm(keys, dim=-1).clamp(min=1e-8)
-    near = torch.einsum("kqd,kd->kq", anchor, F.normalize(prototype, dim=-1))
-    far = torch.einsum("kqd,kqmd->kqm", anchor, keys) / length
+    keys = bank.rows(queue, u_negative).detach()  # (K, Q, M, D)
+    length = torch.linalg.vector_norm(keys, dim=-1).clamp(min=1e-8)
+    with torch.autocast(rep.device.type, enabled=False):  # which would round products
+        anchor = F.normalize(rep[at.clamp(max=len(rep) - 1)], dim=-1)  # (K, Q, D)
+        prototype = members.float() @ rep_teacher / members.sum(1, keepdim=True).clamp(min=1)
+        near = torch.einsum("kqd,kd->kq", anchor, F.normalize(prototype, dim=-1))
+        far = torch.einsum("kqd,kqmd->kqm", anchor, keys) / length
     logits = torch.cat([near[..., None], far], 2) / temperature
     loss = torch.where(term, -logits.log_softmax(2)[..., 0].mean(1), 0).sum()
     return loss / valid.clamp(min=1) * (valid > 1)
@@ -195,6 +195,7 @@ def pixel_nce(
     allowed = (image[anchor][:, None] != image[negative]) | same_image
     allowed &= (count[of] > 0)[:, None]
     near = (rep[anchor] * target[anchor]).sum(1, keepdim=True)
-    far = torch.einsum("qd,qmd->qm", rep[anchor], target[negative])
+    with torch.autocast(rep.device.type, enabled=False):  # which would round products
+        far = torch.einsum("qd,qmd->qm", rep[anchor], target[negative])
     logits = torch.cat([near, far.masked_fill(~allowed, -math.inf)], 1) / temperature
     return torch.where(known[-1] > 0, -logits.log_softmax(1)[:, 0].mean(), 0)

@@ -66,6 +66,13 @@ def test_one_class_alone_has_no_debiased_negative_and_void_no_anchor():
     assert nothing == 0 and not torch.autograd.grad(nothing, rep)[0].isnan().any()
 
 
+def test_autocast_does_not_round_the_contrast():
+    rep, target, label, *u = world()
+    plain = pixel_nce(rep, target, label, K, *u)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pixel_nce(rep, target, label, K, *u), plain)
+
+
 def losses(tiny, **changes):
     """Gradients of what is minimised with regard to (strong, weak) views; what is logged."""
     method = build_method(tiny(method="pc2seg", net_args={"norm": "group"}, method_args=changes), 8)

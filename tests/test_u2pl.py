@@ -222,6 +222,13 @@ def test_by_place_the_last_class_never_is_an_anchor_when_another_is_missing():
         assert (gradient.movedim(1, -1)[here].abs().sum() > 0) == moved
 
 
+def test_autocast_does_not_round_the_contrast():
+    plain, _ = ours(world(()), "class", "unlike")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = ours(world(()), "class", "unlike")
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
+
+
 def test_alike_leaves_no_negative_of_a_labeled_image():
     w = world(())
     for negatives, some in (("unlike", True), ("alike", False)):

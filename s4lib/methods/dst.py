@@ -44,6 +44,7 @@ class DST(Method):
     warmup: Count = 1  # epochs on labels alone
     view: Literal["weak", "strong"] = "weak"  # is mixed and shown to the pseudo-labels' head
 
+    deployed = "teacher"  # where there is one
     presets = {"paper": {}, "code": dict(labels="student", threshold=0.7, cutmix=0.0, warmup=0)}
     presets["code"] |= dict(strong_labeled=0.1, view="strong")
 
