@@ -90,6 +90,9 @@ def main(arguments: list[str]) -> int:
     for config in failed:
         log = RunFolder(out, config).output
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        lines = [
+            x for x in lines if re.match(r"(\[rank\d+\]: )?\w*(Error|Exception): ", x)
+        ] or lines
         print(f"failed: {config.run_id}: {lines[-1] if lines else 'no message'} ({log})")
     unfinished = len(configs) - len(found) - len(failed)
     text = f"{len(found)} of {len(configs)} runs recorded, {len(failed)} failed"

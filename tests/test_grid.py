@@ -342,6 +342,7 @@ def test_a_run_in_two_processes_whose_worker_fails_is_reported(file, tmp_path, c
     assert main(["grid", str(path), "--out", str(tmp_path / "runs"), *options]) == 1
     said = capfd.readouterr().out
     assert said.count("failed: ") == 2 and "2 of 4 runs recorded, 2 failed" in said
+    assert said.count("ValueError: batch=3: choose a multiple of the 2 ranks") == 2
     with contextlib.suppress(StopIteration):
         record = next((tmp_path / "runs").glob("*/record.json"))
         assert json.loads(record.read_text())["world_size"] == 2
