@@ -23,6 +23,30 @@ PUBLISHED = HERE / "book" / "published"
 NUMBER, FLAGS = r"(\d+(\.\d+)?)?", "|lost|suspicious|copied|reconstructed"
 VALID = {"value": NUMBER, "std": NUMBER, "epoch": "best|last|unstated", "flag": FLAGS, "note": ".*"}
 ROW = ("method", "network", "dataset", "split_family", "epoch", "quantity", "table", "source")
+# Which of our systems a printed name means; "MT" and "CutMix" are U2PL's, whose tables others copy,
+# except in PixelSSL's (ke2020), which has the first ones.
+OURS = {
+    **dict.fromkeys(("SupOnly", "SupBaseline", "labelled images only"), "supervised"),
+    **dict.fromkeys(("Supervised-only", "Supervised Baseline"), "supervised"),
+    **dict.fromkeys(("UniMatch", "UniMatch, re-run"), "unimatch"),
+    **dict.fromkeys(("U2PL", "U2PL (w/ CutMix)"), "u2pl"),
+    "MT": "cutmix_mt, mt",
+    "CutMix": "cutmix_mt",
+    "CCT": "cct",
+    "GCT": "gct",
+    "CPS": "cps",
+    "AEL": "ael",
+    "ST++": "st_plus_plus",
+    "PseudoSeg": "pseudoseg",
+    "PC2Seg": "pc2seg",
+    "GTA-Seg": "gta_seg",
+    "Dual Teacher": "dual_teacher",
+    "PS-MT, ensemble": "ps_mt",
+    "FixMatch": "fixmatch",
+    "AugSeg": "augseg",
+    "UniMatch V2": "unimatch_v2",
+}
+PIXELSSL = {**OURS, "MT": "mean_teacher", "CutMix": "cutmix_seg"}
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,20 @@ def beside(
         rows.append([*row, gap, level, len(mine) or "", paired_values(*pair) if both else ""])
     header = [*table.header, "difference", "ours", "runs", "our difference"]
     return Noted(header, rows, f"{caption} Differences are to: {base}.".strip(), table.notes)
+
+
+def columns(cells: Sequence[Cell]) -> dict[tuple[str, ...], dict[str, Cell]]:
+    """{(source, table, dataset, network, labels): {our name: cell}} of known systems' mIoU.
+
+    Of several cells of a system, the first.
+    """
+    found: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for c in cells:
+        name = (PIXELSSL if c.source == "ke2020" else OURS).get(c.method)
+        if name and c.value and c.quantity == "mIoU %":
+            place = (c.source, c.table, c.dataset, c.network, c.labels)
+            found.setdefault(place, {}).setdefault(name, c)
+    return found
 
 
 def gaps(cells: Sequence[Cell], ours: str = "", base: str = "") -> dict[str, Decimal]:

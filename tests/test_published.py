@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from s4lib import published
-from s4lib.published import Cell, above, beside, load, pivot, remarks, spread
+from s4lib.methods import METHODS
+from s4lib.published import Cell, above, beside, columns, load, pivot, remarks, spread
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}
@@ -321,3 +322,23 @@ def test_a_spread_is_told_beside_what_chance_would_make_of_it():
     assert f"deviation of {1.12 / 3.336:.2f} points" in thirteen
     with pytest.raises(ValueError, match=re.escape("1 number(s): a spread needs two")):
         spread(two[:1])
+
+
+def test_systems_that_printed_names_mean_exist_on_both_sides():
+    printed = {c.method for c in load()}
+    for name, ours in (published.OURS | published.PIXELSSL).items():
+        method, _, preset = ours.partition(", ")
+        assert name in printed and (preset or "paper") in METHODS[method].presets, name
+
+
+def test_columns_have_our_names_and_the_first_number_of_each():
+    found = columns(load())
+    classic = found["jin2022", "1", "voc", "ResNet-101 DeepLabV3+", "183"]
+    assert {"supervised": "54.92", "cutmix_mt": "63.47", "gta_seg": "73.16"}.items() <= {
+        name: cell.value for name, cell in classic.items()
+    }.items()
+    place = "ke2020", "PixelSSL README, PSPNet", "voc", "ResNet-101 PSPNet, COCO", "1/8"
+    assert set(found[place]) == {"supervised", "mean_teacher", "cct", "gct", "cutmix_seg"}
+    logs = found["yang2025", "logs, VOC", "voc", "DINOv2-Base DPT", "92"]
+    assert logs["unimatch_v2"].value == "86.29", "of two epochs, the one that stands first"
+    assert not any(table == "slides 1, #Params" for _, table, *_ in found), "parameters, not mIoU"

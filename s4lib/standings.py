@@ -1,0 +1,221 @@
+"""All systems under one protocol, from records, as tables of the results chapter.
+
+stand = Standings.of(records.load(records.COMMITTED), "mosaic-32", draws=(0, 1, 2))
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, pairwise
+from typing import NamedTuple
+
+from . import published
+from .methods import METHODS
+from .passes import passes
+from .protocols import protocol
+from .ranking import Agreement, Comparison, agreement, compare, gather, holm, p_value
+from .records import paired, score, stale, summary
+from .tables import Table
+
+BASE = "supervised"
+
+
+@dataclass(frozen=True)
+class Standings:
+    """Systems are methods, by name for their preset paper, else "method, preset"."""
+
+    setting: str
+    systems: dict[str, dict]  # {system: changes to the protocol}
+    results: dict[str, dict[int, dict]]  # {system: {draw: record}}, empty where nothing ran
+
+    @classmethod
+    def of(
+        cls,
+        found: Sequence[dict],
+        setting: str,
+        draws: Sequence[int],
+        changes: Mapping | None = None,
+    ) -> Standings:
+        """Every preset of every method, and supervised-only with a doubled batch."""
+        changes = changes or {}
+        systems = {
+            (m if preset == "paper" else f"{m}, {preset}"): {
+                **changes,
+                "method": m,
+                "preset": preset,
+            }
+            for m, kind in METHODS.items()
+            for preset in kind.presets
+        }
+        batch = 2 * protocol(setting, **changes).batch
+        systems[f"{BASE}, doubled batch"] = {**systems[BASE], "batch": batch}
+        return cls(setting, systems, gather(found, setting, systems, draws))
+
+    @cached_property
+    def full(self) -> dict[str, list[float]]:
+        """{system: [mIoU per draw]} of those with all the draws that supervised-only has."""
+        draws = self.results[BASE].keys()
+        whole = {n: by for n, by in self.results.items() if by and by.keys() == draws}
+        return {name: [score(r) for r in by.values()] for name, by in whole.items()}
+
+    @cached_property
+    def mean(self) -> dict[str, float]:
+        return {name: summary(values).mean for name, values in self.full.items()}
+
+    def marked(self, name: str) -> str:
+        return name + "*" * any(map(stale, self.results[name].values()))
+
+    def table(self, names: Sequence[str], *against: str) -> Table:
+        """Mean, deviation, n of each system, and its differences to each of `against`."""
+        columns = [compare({n: self.results[n] for n in (*names, b)}, b) for b in against]
+        header, rows = ["", "n", "last mIoU", "best epoch"], []
+        for name in names:
+            if not (group := list(self.results[name].values())):
+                rows.append([name, "not run", "", "", *[""] * 3 * len(against)])
+                continue
+            sums = [summary(score(r, when=when) for r in group) for when in ("last", "best")]
+            pairs = [cell for column in columns for cell in _cells(column.get(name))]
+            rows.append([self.marked(name), len(group), *sums, *pairs])
+        header += [cell for base in against for cell in (f"minus {base}", "p", "verdict")]
+        return Table(header, rows, f"{self.setting}; p is corrected for its column.")
+
+    def presets(self) -> Table:
+        """Each system that is no method's own preset paper, minus that; one family of p values."""
+        pairs = {}
+        for name in (n for n in self.systems if n not in METHODS):
+            ours, paper = self.results[name], self.results[name.partition(",")[0]]
+            if ours.keys() & paper.keys():
+                pairs[name] = paired(ours.values(), paper.values())
+        adjusted, rows = holm([p_value(d) for d in pairs.values()]), []
+        for (name, difference), p in zip(pairs.items(), adjusted, strict=True):
+            level = summary(map(score, self.results[name].values()))
+            rows.append([self.marked(name), level.n, level, *_cells(Comparison(difference, p))])
+        absent = [n for n in self.systems if n not in METHODS and n not in pairs]
+        caption = f"Not run, or its method's paper preset is not: {'; '.join(absent) or 'none'}."
+        return Table(["", "n", "last mIoU", "minus paper", "p", "verdict"], rows, caption)
+
+    def elsewhere(self, found: Sequence[dict], names: Sequence[str], draws: Sequence[int]) -> Table:
+        """Mean mIoU of the same systems by protocol and number of labels, where three have run;
+        below, how the order of those with all our draws agrees with ours."""
+        columns, last = {}, ["Kendall's tau (p)"]
+        for where, labels in sorted({(c["protocol"], c["labeled"]) for c in _configs(found)}):
+            asked = {n: {**self.systems[n], "labeled": labels} for n in names}
+            by_system = gather(found, where, asked, draws)
+            levels = {n: summary(map(score, by.values())) for n, by in by_system.items() if by}
+            if len(levels) >= 3:
+                columns[f"{where}, {labels} labels"] = levels
+        for levels in columns.values():
+            both = {n: s.mean for n, s in levels.items() if s.n == len(self.results[BASE])}
+            last.append(_agreed(both, self.mean))
+        rows = [
+            [n, *(f"{v[n]} ({v[n].n})" if n in v else "" for v in columns.values())] for n in names
+        ]
+        rows = [row for row in rows if any(row[1:])]
+        return Table(["", *columns], [*rows, last], "Last mIoU: mean, standard deviation (draws).")
+
+    def orders(self) -> list[Order]:
+        """Every published column that holds three of the systems that have run with all draws."""
+        found = []
+        for place, printed in published.columns(published.load()).items():
+            theirs = {n: float(cell.value) for n, cell in printed.items() if n in self.full}
+            if len(theirs) < 3 or len(set(theirs.values())) < 2:
+                continue
+            theirs = dict(sorted(theirs.items(), key=lambda item: -item[1]))
+            above = [(a, b) for a, b in combinations(theirs, 2) if theirs[a] > theirs[b]]
+            pairs = [[self.results[n].values() for n in pair] for pair in above]
+            differences = [paired(*pair) for pair in pairs]
+            p = holm([p_value(difference) for difference in differences])
+            duels = Counter(Comparison(*each).verdict for each in zip(differences, p, strict=True))
+            draws = range(len(self.results[BASE]))
+            single = [agreement(theirs, {n: self.full[n][i] for n in theirs}).tau for i in draws]
+            found.append(Order(place, theirs, agreement(theirs, self.mean), single, duels))
+        return found
+
+    def beside(self, place: tuple[str, ...]) -> Table:
+        """A published column with ours beside it; differences to supervised-only, or else to the
+        first that has run here."""
+        source, table, dataset, network, labels = place
+        cells = published.load(source=source, table=table, dataset=dataset)
+        cells = [c for c in cells if (c.network, c.labels) == (network, labels)]
+        known = {n: c.method for n, c in published.columns(cells)[place].items() if n in self.full}
+        ours = {
+            method: {d: score(r) for d, r in self.results[n].items()} for n, method in known.items()
+        }
+        caption = f"{source}, table {table}, {labels} labels."
+        base = known.get(BASE) or next(iter(ours))
+        return published.beside(cells, ours, base, caption)
+
+    def price(self, name: str) -> float:
+        """Encoder passes of a run, supervised-only's = 1; a backward pass counts as two."""
+        both = []
+        for each in (name, BASE):
+            count = passes(self.systems[each]["method"], self.systems[each]["preset"])
+            record = next(iter(self.results[each].values()))
+            work = count.forward + count.teaching + 2 * count.backward
+            both.append(work * record["steps"] * record["config"]["batch"])
+        return both[0] / both[1]
+
+    def seconds(self, name: str) -> float:
+        """Of a run, on average; supervised-only's = 1."""
+        both = [summary(r["seconds"] for r in self.results[n].values()) for n in (name, BASE)]
+        return both[0].mean / both[1].mean
+
+    def cost(self, names: Sequence[str]) -> Table:
+        rows = []
+        for n in names:
+            group = list(self.results[n].values())
+            count = passes(self.systems[n]["method"], self.systems[n]["preset"])
+            images, spent = f"{group[0]['images_seen']:,}", summary(r["seconds"] for r in group)
+            row = [self.marked(n), summary(self.full[n]), count, f"{self.price(n):.1f}", images]
+            rows.append([*row, spent, ", ".join(sorted({r["device"] for r in group}))])
+        header = ["", "last mIoU", "encoder passes of a step", "times supervised", "images seen"]
+        caption = "A late step: warm-ups are cheaper. Of several stages, the last."
+        return Table([*header, "seconds", "device"], rows, caption)
+
+
+class Order(NamedTuple):
+    place: tuple[str, ...]  # source, table, dataset, network, labels
+    printed: dict[str, float]  # highest first
+    agreement: Agreement  # of printed numbers with our means
+    single: list[float]  # Kendall's tau with each draw alone
+    duels: Counter  # verdicts on "this is better than that" over all printed pairs
+
+
+def order_table(orders: Sequence[Order], caption: str = "") -> Table:
+    rows = []
+    for o in orders:
+        a, where = o.agreement, f"{o.place[0]}, {o.place[1]}, {o.place[-1]} labels"
+        row = [where, a.n, _chain(o.printed), f"{a.tau:+.2f} ({a.tau_p:.2f})"]
+        row += [f"{min(o.single):+.2f} to {max(o.single):+.2f}", f"{a.rho:+.2f} ({a.rho_p:.2f})"]
+        rows.append([*row, *(o.duels[w] for w in ("better", "worse", "not distinguishable"))])
+    header = ["published", "n", "its order", "tau (p)", "in single draws", "rho (p)"]
+    return Table([*header, "confirmed", "contradicted", "open"], rows, caption)
+
+
+def _chain(values: Mapping[str, float]) -> str:
+    """{"a": 2, "b": 1, "c": 1}, falling, as "a > b = c"."""
+    names = list(values)
+    signs = [" > " if values[a] > values[b] else " = " for a, b in pairwise(names)]
+    return names[0] + "".join(sign + name for sign, name in zip(signs, names[1:], strict=True))
+
+
+def _cells(comparison: Comparison | None) -> list[object]:
+    if comparison is None:
+        return [""] * 3
+    p = "" if math.isnan(comparison.p) else f"{comparison.p:.3f}"
+    return [comparison.difference, p, comparison.verdict]
+
+
+def _configs(found: Sequence[dict]) -> list[dict]:
+    return [r["config"] for r in found if "smoke" not in r["config"]["protocol"]]
+
+
+def _agreed(one: Mapping[str, float], other: Mapping[str, float]) -> str:
+    if len(one.keys() & other.keys()) < 3:
+        return ""
+    a = agreement(one, other)
+    return f"{a.tau:+.2f} ({a.tau_p:.2f}), n = {a.n}"

@@ -1,0 +1,128 @@
+"""The tables of the results chapter, from records made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from s4lib.build import method_source
+from s4lib.protocols import protocol
+from s4lib.standings import BASE, Standings, order_table
+
+LEVELS = {
+    "supervised": (30.0, 32.0, 37.0),
+    "mean_teacher": (30.5, 31.0, 38.0),
+    "cct": (33.0, 35.2, 39.9),
+    "gct": (32.0, 34.1, 39.1),
+    "cutmix_seg": (36.0, 38.0),
+}
+
+
+def record(system, draw, miou, where="mosaic-32", **changes):
+    method, _, preset = system.partition(", ")
+    changes |= {"method": method, "preset": preset or "paper"}
+    config = protocol(where, draw=draw, seed=draw, **changes)
+    return {
+        "run_id": config.run_id,
+        "config": config.to_dict(),
+        "method_source": method_source(method, "mosaic"),
+        "deployed": "net",
+        "networks": {"net": {"last": {"miou": miou}, "best": {"miou": miou + 1}}},
+        "finished": "2026-01-01",
+        "steps": 100,
+        "images_seen": 800,
+        "seconds": 60.0 if method == "supervised" else 90.0,
+        "device": "CPU",
+    }
+
+
+@pytest.fixture
+def found():
+    return [record(n, d, v) for n, values in LEVELS.items() for d, v in enumerate(values)]
+
+
+@pytest.fixture
+def stand(found):
+    return Standings.of(found, "mosaic-32", draws=(0, 1, 2))
+
+
+def row(table, name):
+    (found,) = [row for row in table.rows if row[0].rstrip("*") == name]
+    return dict(zip(table.header, map(str, found), strict=True))
+
+
+def test_only_systems_with_all_draws_of_the_base_are_full(stand):
+    assert set(stand.full) == LEVELS.keys() - {"cutmix_seg"}
+    assert stand.mean["supervised"] == 33.0
+    assert stand.systems["supervised, doubled batch"]["batch"] == 16
+
+
+def test_table_has_what_ran_and_says_what_did_not(stand):
+    table = stand.table(["supervised", "cct", "cutmix_seg", "gps"], BASE)
+    assert row(table, "gps")["n"] == "not run" and not row(table, "supervised")["p"]
+    cct, cutmix = row(table, "cct"), row(table, "cutmix_seg")
+    assert (cct["n"], cct["last mIoU"], cct["best epoch"]) == ("3", "36.0 ± 3.5", "37.0 ± 3.5")
+    assert cct["minus supervised"].startswith("+3.0") and cct["verdict"] == "better"
+    assert cutmix["n"] == "2" and cutmix["minus supervised"].startswith("+6.0")
+    assert {len(each) for each in (*table.rows, table.header)} == {7}
+    assert len(stand.table(["supervised", "gps"], BASE, "cct").rows[1]) == 10
+
+
+def test_stale_records_are_marked(found):
+    found[0]["method_source"] = "older"
+    table = Standings.of(found, "mosaic-32", draws=(0, 1, 2)).table(["supervised", "cct"], BASE)
+    assert [each[0] for each in table.rows] == ["supervised*", "cct"]
+
+
+def test_presets_are_held_against_their_own_paper(found):
+    found += [record("cct, code", d, v - 1) for d, v in enumerate(LEVELS["cct"])]
+    found += [record("supervised", d, 40.0, batch=16) for d in range(2)]
+    table = Standings.of(found, "mosaic-32", draws=(0, 1, 2)).presets()
+    assert row(table, "cct, code")["minus paper"] == "-1.0 [-1.0, -1.0]"
+    assert row(table, "supervised, doubled batch")["minus paper"].startswith("+9.0")
+    assert len(table.rows) == 2 and "gct, code" in table.caption
+
+
+def test_elsewhere_has_a_column_where_three_have_run_and_its_agreement(found, stand):
+    names = list(LEVELS)
+    found += [
+        record(n, d, 2 * v, "mosaic-64")
+        for n in ("supervised", "cct", "gct")
+        for d, v in enumerate(LEVELS[n])
+    ]
+    found += [record("gps", 0, 50.0, "mosaic-16"), record("gps", 0, 1.0, "mosaic-smoke")]
+    table = stand.elsewhere(found, names, (0, 1, 2))
+    assert table.header == ["", "mosaic-32, 32 labels", "mosaic-64, 64 labels"]
+    assert row(table, "cct")["mosaic-64, 64 labels"] == "72.1 ± 7.0 (3)"
+    assert not row(table, "cutmix_seg")["mosaic-64, 64 labels"]
+    last = row(table, "Kendall's tau (p)")
+    assert last["mosaic-64, 64 labels"] == "+1.00 (0.33), n = 3"
+
+
+def test_orders_are_those_of_published_columns_with_three_of_ours(stand):
+    (sixteenth, eighth, *_) = orders = stand.orders()
+    assert {o.place[0] for o in orders} == {"ke2020"} and len(orders) == 4
+    assert list(sixteenth.printed) == ["cct", "gct", "mean_teacher", "supervised"]
+    assert sixteenth.agreement.tau == 1 and sixteenth.single == pytest.approx([1, 2 / 3, 1])
+    assert eighth.agreement.tau == pytest.approx(2 / 3), "GCT and CCT have changed places"
+    assert sum(sixteenth.duels.values()) == 6 and eighth.duels["worse"] >= 1
+    table = order_table(orders)
+    assert table.rows[0][2] == "cct > gct > mean_teacher > supervised"
+    column = stand.beside(sixteenth.place)
+    assert row(column, "SupOnly")["our difference"] == ""
+    assert row(column, "CCT")["our difference"].startswith("+3.0")
+
+
+def test_cost_counts_passes_steps_and_batches(found):
+    found += [record("supervised", d, 40.0, batch=16) for d in range(3)]
+    stand = Standings.of(found, "mosaic-32", draws=(0, 1, 2))
+    assert stand.price("supervised") == 1 and stand.seconds("mean_teacher") == 1.5
+    assert stand.price("supervised, doubled batch") == 2
+    assert stand.price("mean_teacher") == pytest.approx(7 / 3), "2 + 1 forward, 2 backward"
+    table = stand.cost(["supervised", "mean_teacher"])
+    assert row(table, "mean_teacher")["times supervised"] == "2.3"
+
+
+def test_nothing_has_run():
+    stand = Standings.of([], "camvid-23", draws=(0, 1))
+    assert stand.full == {} and stand.orders() == [] and stand.presets().rows == []
+    assert {each[1] for each in stand.table(list(stand.systems), BASE, "gps").rows} == {"not run"}
