@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import one_of
-from .losses import IGNORE
+from .losses import IGNORE, full_precision
 from .memory import Bank, place
 
 
@@ -147,7 +147,7 @@ def prototype_nce(
     at = torch.searchsorted(anchors.cumsum(1), place(u_anchor, count[:, None]) + 1)
     keys = bank.rows(queue, u_negative).detach()  # (K, Q, M, D)
     length = torch.linalg.vector_norm(keys, dim=-1).clamp(min=1e-8)
-    with torch.autocast(rep.device.type, enabled=False):  # which would round products
+    with full_precision(rep.device.type):  # which would round products
         anchor = F.normalize(rep[at.clamp(max=len(rep) - 1)], dim=-1)  # (K, Q, D)
         prototype = members.float() @ rep_teacher / members.sum(1, keepdim=True).clamp(min=1)
         near = torch.einsum("kqd,kd->kq", anchor, F.normalize(prototype, dim=-1))
@@ -195,7 +195,7 @@ def pixel_nce(
     allowed = (image[anchor][:, None] != image[negative]) | same_image
     allowed &= (count[of] > 0)[:, None]
     near = (rep[anchor] * target[anchor]).sum(1, keepdim=True)
-    with torch.autocast(rep.device.type, enabled=False):  # which would round products
+    with full_precision(rep.device.type):  # which would round products
         far = torch.einsum("qd,qmd->qm", rep[anchor], target[negative])
     logits = torch.cat([near, far.masked_fill(~allowed, -math.inf)], 1) / temperature
     return torch.where(known[-1] > 0, -logits.log_softmax(1)[:, 0].mean(), 0)

@@ -105,22 +105,25 @@ def flow(
 
 
 def panels(
-    places: Mapping[str, tuple[float, float, str, str]], frameworks: Mapping[str, str]
+    places: Mapping[str, tuple[float, float, str, str]],
+    frameworks: Mapping[str, str],
+    columns: int = 0,
 ) -> Figure:
     """Several frameworks side by side, {title: text for `arrows`}, a node at its place in each.
 
-    `places` are nodes as of `flow`; a framework shows those that its arrows touch. Raises
-    ValueError as `arrows` and `flow` do.
+    `places` are nodes as of `flow`; a framework shows those that its arrows touch. `columns` of
+    them stand in a row, all if 0. Raises ValueError as `arrows` and `flow` do.
     """
     x, y, *_ = zip(*places.values(), strict=True)
-    left, right, top = min(x), max(x), max(y)
+    left, right, low, top = min(x), max(x), min(y), max(y)
     nodes, edges = {}, []
     for i, (title, text) in enumerate(frameworks.items()):
-        shift = i * (right - left + 1)
-        nodes[title] = ((left + right) / 2 + shift, top + 0.6, title, "note")
+        line, column = divmod(i, columns or len(frameworks))
+        shift, down = column * (right - left + 1), line * (top - low + 1.5)
+        nodes[title] = ((left + right) / 2 + shift, top + 0.6 - down, title, "note")
         for *ends, about, style in arrows(text):
             for name in ends:
-                x, *others = places[one_of("node", name, *places)]
-                nodes[f"{name} {i}"] = (x + shift, *others)
+                x, y, *others = places[one_of("node", name, *places)]
+                nodes[f"{name} {i}"] = (x + shift, y - down, *others)
             edges.append((*(f"{name} {i}" for name in ends), about, style))
     return flow(nodes, edges)

@@ -6,6 +6,7 @@ gradient, does not depend on how many processes share the batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -16,6 +17,13 @@ from . import distributed
 from .config import one_of
 
 IGNORE = 255  # the label of void and of padding: out of every loss and every metric
+
+
+def full_precision(device: str) -> contextlib.AbstractContextManager:
+    """No autocast within, on a type of device that has it."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _mean(value: Tensor, count: Tensor) -> Tensor:

@@ -31,28 +31,29 @@ class Passes(NamedTuple):
 
 @functools.cache
 def passes(name: str, preset: str = "paper") -> Passes:
-    """Count the passes of a late step (after warm-ups) of a method, by running one on a tiny net.
+    """Count the passes of a late step (after warm-ups) of a method, by running one on tensors that
+    have shapes and no values.
 
     As many unlabeled as labeled images; of a method of several stages, its last.
     """
     kind = METHODS[name]
     counts = dict.fromkeys(Passes._fields, 0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.device("meta"):
         build = lambda **changes: build_net("tiny", CLASSES, **changes)  # noqa: E731
         method = kind(build, **kind.presets[preset]).train()
-        image, strong = torch.randn(2, IMAGES, 3, SIZE, SIZE)
-        label = torch.randint(0, CLASSES, (IMAGES, SIZE, SIZE))
+        image = torch.empty(IMAGES, 3, SIZE, SIZE)
+        label = torch.empty(IMAGES, SIZE, SIZE, dtype=torch.long)
         unlabeled = IMAGES if method.uses_unlabeled else 0
-        valid = torch.ones(unlabeled, SIZE, SIZE, dtype=torch.bool)
-        views = (strong[:unlabeled],) * method.strong_views
-        strong = strong if method.labeled_strong else None
-        for net in method.modules():
-            if isinstance(net, SegNet):
-                net.encoder.register_forward_hook(functools.partial(_count, counts))
+        valid = torch.empty(unlabeled, SIZE, SIZE, dtype=torch.bool)
+    views = (image[:unlabeled],) * method.strong_views
+    strong = image if method.labeled_strong else None
+    batch = Batch(image, label, image[:unlabeled], views, valid, strong, label[:unlabeled])
+    for net in method.modules():
+        if isinstance(net, SegNet):
+            net.encoder.register_forward_hook(functools.partial(_count, counts))
+    with torch.random.fork_rng(devices=[]):
         for step in (EPOCHS - 2, EPOCHS - 1):  # the first may only set things up
             counts.update(dict.fromkeys(counts, 0))
-            batch = Batch(image, label, image[:unlabeled], views, valid, strong, label[:unlabeled])
             method.step(batch, Clock(step, 1, EPOCHS), _minimize)
     return Passes(**{what: count / IMAGES for what, count in counts.items()})
 

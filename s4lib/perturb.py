@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .config import one_of
+from .losses import full_precision
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def _exactly(device: str, *modules: nn.Module) -> Iterator[None]:
     for module in modules:
         module.eval()
     try:
-        with torch.enable_grad(), torch.autocast(device, enabled=False), precise:
+        with torch.enable_grad(), full_precision(device), precise:
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):

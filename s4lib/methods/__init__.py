@@ -22,8 +22,8 @@ from .n_cps import NCPS
 from .pc2seg import PC2Seg
 from .ps_mt import PSMT
 from .pseudo_label import PseudoLabel
-from .st_plus_plus import STPlusPlus
 from .pseudoseg import PseudoSeg
+from .st_plus_plus import STPlusPlus
 from .supervised import Supervised
 from .u2pl import U2PL
 from .unimatch import UniMatch
