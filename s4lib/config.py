@@ -7,6 +7,7 @@ config.run_id            # mosaic-32-mean_teacher-d1-s0-5f3c01aa: names the run'
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,11 @@ from dataclasses import dataclass, field, fields
 
 # Fields that change no number of a run: they may differ when it is resumed or looked up.
 NO_NUMBER = ("data_root", "device", "tensorboard", "snapshots")
+
+
+@functools.cache  # it evaluates each annotation, and tables make thousands of Configs
+def _kinds(config: type) -> dict[str, object]:
+    return typing.get_type_hints(config, include_extras=True)
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,8 @@ class Config:
     snapshots: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for f, kind in zip(
-            fields(self),
-            typing.get_type_hints(type(self), include_extras=True).values(),
-            strict=True,
-        ):
-            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), kind))
+        for name, kind in _kinds(type(self)).items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
         for name, length in (("size", (0, 2)), ("crop", (0, 2)), ("scale", (2,))):
             value = getattr(self, name)
             if len(value) not in length or any(v <= 0 for v in value):
