@@ -116,5 +116,9 @@ def test_panels_show_the_nodes_that_their_arrows_touch():
         ("teacher", 4, 1),
     ]
     assert [place for place in at if "(" in place[0]] == [("(a)", 7, 2.6), ("(b)", 4, 2.6)]
+    below = panels(NODES, {"one": "student forward loss", **texts}, columns=2)
+    place = {t.get_text(): t.get_position() for t in below.axes[0].texts}
+    plt.close(below)
+    assert place["(a)"] == (1, pytest.approx(2.6 - 3.5)) and place["(b)"] == (4, 2.6)
     with pytest.raises(ValueError, match="node='tutor': choose"):
         panels(NODES, {"one": "tutor forward loss"})
