@@ -169,8 +169,12 @@ class Standings:
         for n in names:
             group = list(self.results[n].values())
             count = passes(self.systems[n]["method"], self.systems[n]["preset"])
+            if not group:
+                rows.append([n, "not run", count, *[""] * 4])
+                continue
             images, spent = f"{group[0]['images_seen']:,}", summary(r["seconds"] for r in group)
-            row = [self.marked(n), summary(self.full[n]), count, f"{self.price(n):.1f}", images]
+            times = f"{self.price(n):.1f}" if self.results[BASE] else ""
+            row = [self.marked(n), summary(map(score, group)), count, times, images]
             rows.append([*row, spent, ", ".join(sorted({r["device"] for r in group}))])
         header = ["", "last mIoU", "encoder passes of a step", "times supervised", "images seen"]
         caption = "A late step: warm-ups are cheaper. Of several stages, the last."

@@ -120,6 +120,11 @@ def test_cost_counts_passes_steps_and_batches(found):
     assert stand.price("mean_teacher") == pytest.approx(7 / 3), "2 + 1 forward, 2 backward"
     table = stand.cost(["supervised", "mean_teacher"])
     assert row(table, "mean_teacher")["times supervised"] == "2.3"
+    alone = Standings.of([record("cct", 0, 33.0)], "mosaic-32", draws=(0, 1, 2)).cost(
+        ["cct", "gct"]
+    )
+    assert row(alone, "cct")["last mIoU"] == "33.0" and row(alone, "cct")["times supervised"] == ""
+    assert row(alone, "gct")["last mIoU"] == "not run" and row(alone, "gct")["seconds"] == ""
 
 
 def test_nothing_has_run():
