@@ -48,6 +48,32 @@ def matmul_rate(device: torch.device, amp: str) -> float:
     return 2 * side**3 / min(best)
 
 
+def prepare(config: Config, device: torch.device) -> tuple:
+    """What a measurement repeats: (method, minimizer, loader of noise, step(number, batch))."""
+    keep_freed_memory()
+    size = config.crop or (96, 96)
+    images, clock = Noise(size), Clock(5000, 100, 100)  # warm-ups are over
+    built = build_method(config, CLASSES).to(device)
+    if config.sync_bn:
+        distributed.synchronise_batch_norm(built, device)
+    net = network_of(built)
+    minimize = minimizer.Minimizer(built, config, device)
+    split = Split(tuple(range(32)), tuple(range(32, 64)), "")
+    loader = Loader(
+        images, split, build_views(config, size, net.mean), built, batch=config.batch,
+        unlabeled_batch=config.unlabeled_batch, seed=0, mean=net.mean, std=net.std, device=device,
+        prefetch=False,
+    )  # fmt: skip
+
+    def step(number: int, batch: method.Batch) -> None:
+        seed_noise(config, number)
+        minimize.begin(clock)
+        with torch.autocast(device.type, AMP.get(config.amp), enabled=config.amp != "off"):
+            built.step(batch, clock, minimize)
+
+    return built, minimize, loader, step
+
+
 def bench_step(config: Config, steps: int = 10) -> dict:
     """Figures of `steps` training steps of a config, after three that warm up.
 
@@ -59,29 +85,13 @@ def bench_step(config: Config, steps: int = 10) -> dict:
     if steps < 1:
         raise ValueError(f"steps={steps}: choose 1 or more")
     device = distributed.start(config.device)
-    keep_freed_memory()
     size = config.crop or (96, 96)
-    images, clock = Noise(size), Clock(5000, 100, 100)  # warm-ups are over
-    built = build_method(config, CLASSES).to(device)
-    net = network_of(built)
-    minimize = minimizer.Minimizer(built, config, device)
-    split = Split(tuple(range(32)), tuple(range(32, 64)), "")
-    loader = Loader(
-        images, split, build_views(config, size, net.mean), built, batch=config.batch,
-        unlabeled_batch=config.unlabeled_batch, seed=0, mean=net.mean, std=net.std, device=device,
-        prefetch=False,
-    )  # fmt: skip
+    built, minimize, loader, step = prepare(config, device)
     clocks = Clocks(device)
     make = clocks.timed("data", loader._make)
     plain = config.amp == "off" and not config.compile and device.type == "cuda"
     if plain:
         built.to(memory_format=torch.contiguous_format)
-
-    def step(number: int, batch: method.Batch) -> None:
-        seed_noise(config, number)
-        minimize.begin(clock)
-        with torch.autocast(device.type, AMP.get(config.amp), enabled=config.amp != "off"):
-            built.step(batch, clock, minimize)
 
     def batch_of(number: int) -> method.Batch:
         batch = make(number)

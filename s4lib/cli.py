@@ -12,6 +12,7 @@
   s4 renew book/records/mine.jsonl                      is a record of older code still true?
   s4 bench data --dataset camvid --data_root DIR        images a second that one core prepares
   s4 bench step --suite voc --out bench.json            speed and memory of training steps
+  s4 bench ranks --ranks 1 2 4                          speed in several processes
   s4 book [NOTEBOOK ...] --profile quick                run notebooks and compile the book
 
 `s4 COMMAND --help` explains each. Bad input is one line on standard error and exit code 2.
@@ -358,8 +359,13 @@ def bench(arguments: list[str]) -> int:
 
         text = "Speed and memory of training steps by part, or of evaluation, on noise."
         return main(_parser("bench", text), arguments)
+    if arguments[:1] == ["ranks"]:
+        from .bench_ranks import main
+
+        text = "Training steps in several processes, beside each other and together, on noise."
+        return main(_parser("bench", text), arguments)
     parser = _parser("bench", "Measure how many training images a second one core prepares.")
-    parser.add_argument("what", choices=["data", "step", "eval"])
+    parser.add_argument("what", choices=["data", "step", "eval", "ranks"])
     for name in ("dataset", "data_root", "augment", "outside"):
         parser.add_argument(f"--{name}", default=getattr(Config, name))
     for name, kind in (("size", int), ("crop", int), ("scale", float)):
