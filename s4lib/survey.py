@@ -49,7 +49,7 @@ class Scene:
     classes: Sequence[str]
     colors: np.ndarray
 
-    def draw(self, rows: Mapping[str, Tensor], height: float = 1.0, **about) -> Figure:
+    def draw(self, rows: Mapping[str, Tensor], height: float = 0.9, **about) -> Figure:
         """`plots.grid` of images (B, 3, h, w) in [0, 255], class indices (B, h, w), and heat maps
         (B, h, w), floating or bool, in [0, 1]; also of lists of pictures as `plots.grid` has."""
         drawn = {name: x if isinstance(x, list) else self._pictures(x) for name, x in rows.items()}
@@ -92,7 +92,7 @@ def look(model: Trained, images: Images, network: str = "", count: int = 6) -> S
 def disturbed(
     net: SegNet, scene: Scene, background: int | None = 0, count: int = 3
 ) -> tuple[Rows, list[str]]:
-    """Rows of `count` images, a column per disturbance of CCT, and the columns' titles.
+    """Rows of the first `count` images, a column per disturbance of CCT, and the columns' titles.
 
     Of the fused map: its mean size over channels, as a share of the largest one of the map as it
     is; and the labels that the network's own classifier reads from it. That one stands for the
@@ -109,8 +109,8 @@ def disturbed(
     sizes = torch.stack([(x.abs().mean(1) / largest).clamp(max=1) for x in maps], 1)
     labels = torch.stack([net.classify(x, size).argmax(1) for x in maps], 1)
     rows = {}
-    for i in range(count):
-        rows |= {f"map {i + 1}": sizes[i], f"labels {i + 1}": labels[i]}
+    for i, both in enumerate(zip(sizes[:count], labels[:count], strict=True), 1):
+        rows |= dict(zip((f"map {i}", f"labels {i}"), both, strict=True))
     shares = 100 * (labels != labels[:, :1]).float().mean((0, 2, 3))
     kinds = zip(("as it is", *one.kinds), shares, strict=True)
     return rows, [f"{kind}\n{share:.0f} %" for kind, share in kinds]
@@ -160,8 +160,8 @@ def gains(stand: Standings, names: Sequence[str]) -> Table:
     printed = [c for c in columns(load()).values() if BASE in c]
     rows, base = [], stand.results[BASE]
     for name in names:
-        theirs = [float(c[name].value) - float(c[BASE].value) for c in printed if name in c]
-        span = f"{min(theirs):+.1f} to {max(theirs):+.1f}" if theirs else ""
+        theirs = sorted(float(c[name].value) - float(c[BASE].value) for c in printed if name in c)
+        span = " to ".join(f"{x:+.1f}" for x in sorted({*theirs[:1], *theirs[-1:]}))
         found = stand.results[name]
         ours = paired(found.values(), base.values()) if found.keys() & base.keys() else ""
         rows.append([name, len(theirs) or "", span, ours])
