@@ -31,18 +31,6 @@ from .run_folder import write_atomically
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_single")  # the last: torch's SyncBatchNorm
 
 
-def predicted(
-    compute: float, calls: int, sent: float, ranks: int, latency: float, bandwidth: float
-) -> float:
-    """Seconds of a step: compute, then all-reduces of `sent` bytes in `calls` pieces on a ring.
-
-    Nothing overlaps, as in `Minimizer`. 2 (N - 1) / N of the bytes leave each process.
-    """
-    if ranks == 1:
-        return compute
-    return compute + calls * latency + 2 * (ranks - 1) / ranks * sent / bandwidth
-
-
 def seconds(call: Callable[[], object], times: int, device: torch.device) -> float:
     """Median on the wall's clock: a process that waits for others uses no time of its own."""
     found = []
@@ -155,8 +143,12 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     _, ranks, batches, count, out = (given.pop(k) for k in "what ranks batches count out".split())
     config = Config.from_dict(given)
     build_method(config, CLASSES)  # complain before processes start
-    gpus = config.device != "cpu" and torch.cuda.device_count()
-    room = {"ranks": gpus or len(os.sched_getaffinity(0)), "batches": 64, "count": 1000}
+    cuda = distributed.start(config.device).type == "cuda"
+    room = {
+        "ranks": torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)),
+        "batches": 64,
+        "count": 1000,
+    }
     for name, values in (("ranks", ranks), ("batches", batches), ("count", [count])):
         for value in values:
             if not 1 <= value <= room[name]:

@@ -389,3 +389,25 @@ def clouds(
     patches = [Patch(color=shades[k], label=classes[k]) for k in seen]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(seen), 6))
     return figure
+
+
+def powers(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """{title: {name: (x, y)}} on logarithmic axes, where a power of x is a straight line.
+
+    Names of the first panel that the last one has not are references, dashed.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.2), squeeze=False)
+    last = list(list(panels.values())[-1])
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            color, style = f"C{i % len(last)}", "o-" if name in last else "--"
+            axis.loglog(x, y, style, base=2, color=color, markersize=4, label=name)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2)
+    return figure
