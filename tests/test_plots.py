@@ -57,3 +57,16 @@ def test_panels_have_one_legend_and_the_axes_asked_for():
     assert [axis.get_ylabel() for axis in figure.axes] == ["x (%)", "y"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     plt.close(figure)
+
+
+def test_powers_are_straight_lines_and_references_dashed():
+    sizes = [1, 2, 4]
+    panels = {
+        "mean": {"a": (sizes, sizes), "free": (sizes, sizes)},
+        "variance": {"a": (sizes, sizes)},
+    }
+    figure = plots.powers(panels, xlabel="images", ylabel="scatter")
+    first, second = figure.axes
+    assert (first.get_xscale(), second.get_yscale()) == ("log", "log")
+    assert [line.get_linestyle() for line in first.lines] == ["-", "--"]
+    assert first.lines[0].get_color() == second.lines[0].get_color()
