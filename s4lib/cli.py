@@ -354,51 +354,19 @@ def renew_records(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    if arguments[:1] in (["step"], ["eval"]):
-        from .bench import main
+    from .bench import commands, data, ranks
 
-        text = "Speed and memory of training steps by part, or of evaluation, on noise."
-        return main(_parser("bench", text), arguments)
-    if arguments[:1] == ["ranks"]:
-        from .bench_ranks import main
-
-        text = "Training steps in several processes, beside each other and together, on noise."
-        return main(_parser("bench", text), arguments)
-    parser = _parser("bench", "Measure how many training images a second one core prepares.")
-    parser.add_argument("what", choices=["data", "step", "eval", "ranks"])
-    for name in ("dataset", "data_root", "augment", "outside"):
-        parser.add_argument(f"--{name}", default=getattr(Config, name))
-    for name, kind in (("size", int), ("crop", int), ("scale", float)):
-        parser.add_argument(f"--{name}", type=kind, nargs=2, default=list(getattr(Config, name)))
-    for name in ("batch", "resize_base"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
-    parser.add_argument("--strong_views", type=int, default=1)
-    parser.add_argument("--images", type=int, default=64, help="how many are prepared")
-    options = parser.parse_args(arguments).as_dict()
-    from .bench_data import bench_data
-
-    count, strong_views = options.pop("images"), options.pop("strong_views")
-    options.pop("what")
-    config = Config.from_dict(options)
-    times = bench_data(config, count, strong_views)
-    crop = "{} x {}".format(*(config.crop or (round(times.height), round(times.width))))
-    print(
-        f"{config.dataset}, {times.height:.0f} x {times.width:.0f} pixels, to {config.augment} "
-        f"views of {crop}, {strong_views} strong: {count / times.seconds:.1f} images/s per core"
-    )
-    for name, seconds in (
-        ("decode", times.decode),
-        ("resize and crop", times.weak),
-        ("colour", times.strong),
-    ):
-        print(f"{name:16}{100 * seconds / times.seconds:4.0f} %{1e3 * seconds / count:9.2f} ms")
-    if times.released:
-        ours, held = times.released / times.seconds, times.released / (times.weak + times.strong)
-        print(
-            f"the released pipeline: {count / times.released:.1f} images/s; ours {ours:.1f} times "
-            f"that, {held:.1f} times with decoded images in memory"
-        )
-    return 0
+    texts = {
+        "data": (data.main, "Measure how many training images a second one core prepares."),
+        "step": (commands.main, "Speed and memory of training steps, by part, on noise."),
+        "eval": (commands.main, "Images a second of an evaluation, on noise."),
+        "ranks": (ranks.main, "Training steps in several processes, apart and together, on noise."),
+    }
+    what = arguments[0] if arguments and arguments[0] in texts else "data"
+    main, text = texts[what]
+    parser = _parser("bench", text)
+    parser.add_argument("what", choices=list(texts))
+    return main(parser, arguments)
 
 
 def book(arguments: list[str]) -> int:
@@ -419,7 +387,7 @@ def book(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     import yaml
 
-    from .book import build
+    from .book.compile import build
 
     try:
         given = yaml.safe_load(Path(options.file).read_text()) if options.file else {}

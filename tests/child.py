@@ -15,7 +15,6 @@ from conftest import read_once  # also sets one thread
 
 from s4lib.cli import main
 from s4lib.data.mosaic import Mosaic
-from s4lib.trainer import fit  # noqa: F401  imported once, before the forks
 
 Mosaic.read = read_once
 for part in ("train", "val"):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from s4lib import analysis, probe, tables, trained
-from s4lib.analysis import Predictions
+from s4lib import trained
+from s4lib.book import analysis, probe, tables
+from s4lib.book.analysis import Predictions
 from s4lib.data import open_dataset
 from s4lib.losses import IGNORE
 from s4lib.method import ema, frozen_copy

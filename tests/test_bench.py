@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from s4lib import mixing
-from s4lib.bench import table
-from s4lib.bench_step import bench_step
+from s4lib.bench.commands import table
+from s4lib.bench.step import bench_step
 from s4lib.cli import main
 from s4lib.config import Config
 from s4lib.methods import cutmix_seg

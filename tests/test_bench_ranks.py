@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from s4lib.bench_step import CLASSES
+from s4lib.bench.step import CLASSES
+from s4lib.book.scaling import batch_statistics, checked, measured, predicted, rate
 from s4lib.build import build_method
 from s4lib.cli import main
 from s4lib.config import Config
-from s4lib.scaling import batch_statistics, checked, measured, predicted, rate
 
 
 @pytest.mark.parametrize(

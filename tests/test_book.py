@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from s4lib import book
-from s4lib.headless import clock
+from s4lib.book import compile as book
+from s4lib.book.headless import clock
 from s4lib.protocols import PROFILES
 
 ROOT = Path(__file__).parents[1]
@@ -124,8 +124,8 @@ def test_the_key_changes_with_what_matters_and_with_nothing_else(repository):
     content["metadata"]["language_info"] = {"version": "3.13"}
     source.write_text(json.dumps(content), "utf8")
     assert key(seed=1) == first, "ids and noise do not matter"
-    (repository / "s4lib").mkdir()
-    (repository / "s4lib" / "book.py").write_text("", "utf8")
+    (repository / "s4lib" / "book").mkdir(parents=True)
+    (repository / "s4lib" / "book" / "compile.py").write_text("", "utf8")
     assert key(seed=1) == first, "the machinery decides no result"
     for path in ("s4lib/losses.py", "book/records/quick.jsonl", "book/published/table.csv"):
         (repository / path).parent.mkdir(parents=True, exist_ok=True)

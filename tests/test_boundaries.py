@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from s4lib.analysis import Predictions
-from s4lib.boundaries import error_by_distance, neighbour_distances, separability
+from s4lib.book.analysis import Predictions
+from s4lib.book.boundaries import error_by_distance, neighbour_distances, separability
 
 
 def test_neighbours_across_a_boundary_differ_by_the_step():

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from conftest import equal
 from torch import nn
 
-from s4lib import cam, plots
+from s4lib.book import cam, plots
+from s4lib.book.cam import grad_cam
+from s4lib.book.features import Maps
 from s4lib.build import build_method
-from s4lib.cam import grad_cam
-from s4lib.features import Maps
 
 
 class Linear(nn.Module):

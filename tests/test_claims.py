@@ -10,9 +10,10 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from s4lib import claims, published, records
+from s4lib import records
+from s4lib.book import claims, published
+from s4lib.book.claims import NOT, PARTLY, REPRODUCED, UNTESTED, evaluate, load
 from s4lib.build import build_method, method_source
-from s4lib.claims import NOT, PARTLY, REPRODUCED, UNTESTED, evaluate, load
 from s4lib.evaluate import evaluated
 from s4lib.protocols import protocol
 

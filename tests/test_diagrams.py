@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation
 
-from s4lib.diagrams import arrows as read
-from s4lib.diagrams import boxes, flow, panels
+from s4lib.book.diagrams import arrows as read
+from s4lib.book.diagrams import boxes, flow, panels
 
 NODES = {
     "u": (0, 1, "unlabeled", "data"),

@@ -163,7 +163,7 @@ def test_boundary_iou_of_a_shifted_square():
 
 
 def test_calibration_agrees_with_the_analysis_of_predictions(net):
-    from s4lib.analysis import Predictions, calibration_error
+    from s4lib.book.analysis import Predictions, calibration_error
 
     x = image(16, 16, 3)
     truth = torch.randint(0, 4, (3, 16, 16), generator=torch.Generator().manual_seed(2)).byte()

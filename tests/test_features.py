@@ -7,9 +7,10 @@ import torch
 from conftest import equal
 from torch import nn
 
-from s4lib import features, trained
+from s4lib import trained
+from s4lib.book import features
+from s4lib.book.features import Maps
 from s4lib.data import open_dataset
-from s4lib.features import Maps
 from s4lib.losses import IGNORE
 from s4lib.trainer import fit
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from s4lib.bench import SUITES
-from s4lib.bench_step import bench_step
+from s4lib.bench.commands import SUITES
+from s4lib.bench.step import bench_step
 from s4lib.build import build_method
 from s4lib.config import Config
 from s4lib.method import Batch, Clock

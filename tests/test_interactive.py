@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from s4lib.interactive import slider
+from s4lib.book.interactive import slider
 
 
 def figure(height: float = 1.0):

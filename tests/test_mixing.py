@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from s4lib.losses import IGNORE
-from s4lib.mixing import (
-    Mix,
-    classmix,
-    cutmix,
-    cutmix_beta,
-    cutmix_half,
-    cutmix_small,
-    cutmix_xor,
-)
+from s4lib.mixing import Mix, classmix, cutmix, cutmix_beta, cutmix_half, cutmix_small, cutmix_xor
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from s4lib import plots, trained
-from s4lib.analysis import Predictions, predictions
+from s4lib import trained
+from s4lib.book import plots
+from s4lib.book.analysis import Predictions, predictions
 from s4lib.data import open_dataset
 
 COLORS = np.array([[10, 20, 30], [200, 100, 0]], dtype=np.uint8)

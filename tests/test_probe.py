@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import equal, tiny_config
 
-from s4lib import analysis, probe, records, runs, trained, trainer
+from s4lib import records, runs, trained, trainer
+from s4lib.book import analysis, probe
 from s4lib.build import build_method, open_data
 from s4lib.data import open_dataset
 from s4lib.method import Clock

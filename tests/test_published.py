@@ -9,9 +9,9 @@ from dataclasses import asdict, fields
 import pytest
 from conftest import ROOT
 
-from s4lib import published
+from s4lib.book import published
+from s4lib.book.published import Cell, above, beside, columns, load, pivot, remarks, spread
 from s4lib.methods import METHODS
-from s4lib.published import Cell, above, beside, columns, load, pivot, remarks, spread
 
 COUNTS = {  # cells of each table, as many as the paper prints
     "jin2022": {"1": 8 * 5, "2": 7 * 4, "3": 4, "text on 3": 4, "4": 4, "5": 4, "6": 3, "7": 3}

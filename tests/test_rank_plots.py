@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from s4lib import rank_plots
+from s4lib.book import rank_plots
 
 
 def test_ranks_go_from_the_best_mean_downwards_with_the_band_from_it():

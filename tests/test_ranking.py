@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from s4lib import ranking
+from s4lib.book import ranking
+from s4lib.book.ranking import agreement, compare, front, gather, holm, left_out, needed, p_value
 from s4lib.build import method_source
 from s4lib.protocols import protocol
-from s4lib.ranking import agreement, compare, front, gather, holm, left_out, needed, p_value
 from s4lib.records import paired
 
 

@@ -9,15 +9,7 @@ import torch
 from torch import nn
 
 from s4lib.method import Clock, ema, frozen_copy, joint
-from s4lib.schedules import (
-    cosine,
-    gaussian,
-    gps_printed,
-    linear_warmup,
-    poly,
-    ramp_up,
-    warm_decay,
-)
+from s4lib.schedules import cosine, gaussian, gps_printed, linear_warmup, poly, ramp_up, warm_decay
 
 
 def test_the_clock_counts_epochs_and_progress():

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from s4lib.losses import IGNORE
-from s4lib.methods.pseudoseg import PseudoSeg
-from s4lib.nets import build_net
-from s4lib.protocols import protocol
-from s4lib.self_training import (
+from s4lib.book.self_training import (
     Stability,
     false_negatives,
     needs,
@@ -17,6 +13,10 @@ from s4lib.self_training import (
     strong,
     witnesses,
 )
+from s4lib.losses import IGNORE
+from s4lib.methods.pseudoseg import PseudoSeg
+from s4lib.nets import build_net
+from s4lib.protocols import protocol
 
 
 def test_stable_images_come_first_and_the_text_says_how_right_they_are():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from s4lib.book.standings import BASE, Standings, order_table
 from s4lib.build import method_source
 from s4lib.protocols import protocol
-from s4lib.standings import BASE, Standings, order_table
 
 LEVELS = {
     "supervised": (30.0, 32.0, 37.0),

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from s4lib import survey
+from s4lib.book import survey
+from s4lib.book.published import columns, load
+from s4lib.book.standings import Standings
 from s4lib.build import build_method
 from s4lib.data import open_dataset
 from s4lib.guided import context_mask
 from s4lib.losses import IGNORE
-from s4lib.published import columns, load
-from s4lib.standings import Standings
 from s4lib.trained import Trained
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from test_records import BASE, OURS, record
 
-from s4lib import tables
+from s4lib.book import tables
 
 
 def test_claims_name_only_what_the_interval_allows():

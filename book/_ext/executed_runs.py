@@ -13,7 +13,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-from s4lib.headless import clock
+from s4lib.book.headless import clock
 
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -86,7 +86,7 @@ def insert_under_title(cells: list[dict], name: str, text: str) -> None:
 def figure_apart(cell: dict) -> list[dict]:
     """A cell that also prints, in two: its caption and number belong to the picture alone.
 
-    A slider (s4lib.interactive) is a picture too.
+    A slider (s4lib.book.interactive) is a picture too.
     """
     outputs = cell.get("outputs", [])
     pictures = [o for o in outputs if is_picture(o.get("data", {}))]

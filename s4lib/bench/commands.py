@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jsonargparse
 
-from . import distributed, records
-from .bench_parts import Clocks
-from .bench_step import CLASSES, Noise, bench_step
-from .build import build_method, network_of
-from .config import Config
-from .evaluate import count, evaluated, evaluation, normaliser
-from .run_folder import write_atomically
+from .. import distributed, records
+from ..build import build_method, network_of
+from ..config import Config
+from ..evaluate import count, evaluated, evaluation, normaliser
+from ..run_folder import write_atomically
+from .parts import Clocks
+from .step import CLASSES, Noise, bench_step
 
 _VOC = {"net": "unimatch-resnet101", "augment": "unimatch", "optimizer": "sgd", "lr": 1e-3}
 _FAST = {"amp": "bf16", "compile": True}
@@ -59,7 +59,6 @@ def bench_eval(config: Config, count_images: int = 32) -> dict:
 
 def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     """The two commands. Raises ValueError for bad input."""
-    parser.add_argument("what", choices=["step", "eval"])
     parser.add_argument("--suite", choices=list(SUITES), help="measure all of these instead")
     for name in ("method", "net", "amp", "evaluation", "augment", "device"):
         parser.add_argument(f"--{name}", default=getattr(Config, name))

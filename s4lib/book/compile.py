@@ -15,12 +15,12 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from s4lib.headless import Job, explain, interruptible, run, say
+from s4lib.book.headless import Job, explain, interruptible, run, say
 from s4lib.protocols import PROFILES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # These run the book but decide nothing that a page shows.
-MACHINERY = ("book.py", "headless.py", "cli.py", "grid.py", "slurm.py", "__main__.py")
+MACHINERY = ("compile.py", "headless.py", "cli.py", "grid.py", "slurm.py", "__main__.py")
 
 
 def build(

@@ -14,23 +14,23 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..build import network_of
+from ..data.families import build_views
+from ..data.images import Images
+from ..evaluate import evaluated
+from ..flaws import dynamic_targets, flaw_map, flaw_target
+from ..losses import IGNORE
+from ..methods.cct import CCT, KINDS
+from ..methods.gct import GCT
+from ..nets import SegNet
+from ..passes import passes
+from ..records import paired, summary
+from ..trained import Trained
 from . import plots
 from .analysis import Predictions, precision_coverage
-from .build import network_of
-from .data.families import build_views
-from .data.images import Images
-from .evaluate import evaluated
-from .flaws import dynamic_targets, flaw_map, flaw_target
-from .losses import IGNORE
-from .methods.cct import CCT, KINDS
-from .methods.gct import GCT
-from .nets import SegNet
-from .passes import passes
 from .published import columns, load
-from .records import paired, summary
 from .standings import BASE, Standings
 from .tables import Table
-from .trained import Trained
 
 Rows = dict[str, Tensor]
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data.images import Images
-from .losses import IGNORE
-from .method import Method
-from .perturb import adversarial
-from .trained import Trained
+from ..data.images import Images
+from ..losses import IGNORE
+from ..method import Method
+from ..perturb import adversarial
+from ..trained import Trained
 
 
 class Maps(NamedTuple):

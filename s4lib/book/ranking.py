@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .protocols import protocol
-from .records import Difference, like, paired, stale, summary
+from ..protocols import protocol
+from ..records import Difference, like, paired, stale, summary
 
 
 def gather(

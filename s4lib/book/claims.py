@@ -10,9 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from . import published, records
-from .config import checked, one_of
-from .protocols import protocol
+from .. import records
+from ..config import checked, one_of
+from ..protocols import protocol
+from . import published
 
 CLAIMS = records.HERE / "book" / "claims.yaml"
 QUICK = ("method", "preset", "method_args")  # looked at first: `records.like` is slow

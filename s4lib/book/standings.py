@@ -13,12 +13,12 @@ from functools import cached_property
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
+from ..methods import METHODS
+from ..passes import passes
+from ..protocols import protocol
+from ..records import paired, score, stale, summary
 from . import published
-from .methods import METHODS
-from .passes import passes
-from .protocols import protocol
 from .ranking import Agreement, Comparison, agreement, compare, gather, holm, p_value
-from .records import paired, score, stale, summary
 from .tables import Table
 
 BASE = "supervised"

@@ -14,9 +14,9 @@ from fnmatch import fnmatch
 
 import numpy as np
 
+from ..config import one_of
+from ..records import HERE, score, summary
 from .analysis import paired_values
-from .config import one_of
-from .records import HERE, score, summary
 from .tables import Table
 
 PUBLISHED = HERE / "book" / "published"

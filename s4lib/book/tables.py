@@ -8,8 +8,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..records import paired, score, stale, summary
 from .analysis import paired_values
-from .records import paired, score, stale, summary
 
 
 @dataclass(frozen=True)

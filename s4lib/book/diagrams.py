@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .config import one_of
+from ..config import one_of
 
 KINDS = {
     "network": {"boxstyle": "round,pad=0.6", "facecolor": "#dbe6f6", "edgecolor": "#4a77c4"},

@@ -22,11 +22,11 @@ import jsonargparse
 import torch
 import torch.distributed as dist
 
-from . import distributed, records
-from .bench_step import CLASSES, prepare
-from .build import build_method
-from .config import Config
-from .run_folder import write_atomically
+from .. import distributed, records
+from ..build import build_method
+from ..config import Config
+from ..run_folder import write_atomically
+from .step import CLASSES, prepare
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_single")  # the last: torch's SyncBatchNorm
 
@@ -123,7 +123,7 @@ def launch(config: Config, ranks: int, batches: list[int], steps: int) -> dict:
         file = Path(folder, "found.json")
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         given = [json.dumps(config.to_dict()), json.dumps(batches), str(steps), str(file)]
-        command = [sys.executable, "-m", *launcher, "s4lib.bench_ranks", *given]
+        command = [sys.executable, "-m", *launcher, "s4lib.bench.ranks", *given]
         if subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ}):
             raise ValueError(f"ranks={ranks}: a process failed, see above")
         return json.loads(file.read_text())
@@ -131,7 +131,6 @@ def launch(config: Config, ranks: int, batches: list[int], steps: int) -> dict:
 
 def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     """`s4 bench ranks`. Raises ValueError for bad input, or if a process fails."""
-    parser.add_argument("what", choices=["ranks"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="of a process")
     for name in ("method", "net", "amp", "augment", "device"):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..nets import SegNet
 from .features import Maps
-from .nets import SegNet
 
 
 def grad_cam(net: SegNet, fused: Tensor, region: Tensor, index: int) -> Tensor:

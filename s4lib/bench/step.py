@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import distributed, method, minimizer
-from .bench_parts import Clocks, parts_timed
-from .build import build_method, network_of
-from .config import Config
-from .data.families import build_views
-from .data.images import Images
-from .data.loader import Loader
-from .data.splits import Split
-from .method import Clock
-from .speed import compile_networks, keep_freed_memory
-from .trainer import AMP, seed_noise
+from .. import distributed, method, minimizer
+from ..build import build_method, network_of
+from ..config import Config
+from ..data.families import build_views
+from ..data.images import Images
+from ..data.loader import Loader
+from ..data.splits import Split
+from ..method import Clock
+from ..speed import compile_networks, keep_freed_memory
+from ..trainer import AMP, seed_noise
+from .parts import Clocks, parts_timed
 
 CLASSES = 21
 

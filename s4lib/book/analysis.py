@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .data.images import Images
-from .evaluate import _groups
-from .losses import IGNORE
-from .perturb import stochastic_depth
-from .records import Difference, paired
-from .schedules import warm_decay
-from .trained import Trained
+from ..data.images import Images
+from ..evaluate import _groups
+from ..losses import IGNORE
+from ..perturb import stochastic_depth
+from ..records import Difference, paired
+from ..schedules import warm_decay
+from ..trained import Trained
 
 Curve = np.ndarray  # (points,)
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import torch
 
-from . import method, mixing
-from .minimizer import Minimizer
-from .nets import SegNet
+from .. import method, mixing
+from ..minimizer import Minimizer
+from ..nets import SegNet
 
 
 class Clocks:

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import losses
-from .config import Config
-from .contrast import entropy, entropy_split, onehot, u2pl_samples
-from .data.families import build_views
-from .data.images import Images
-from .methods import METHODS, ael, pseudoseg
-from .methods.st_plus_plus import ranked, reliability
-from .metrics import confusion, miou
-from .trained import Trained
+from .. import losses
+from ..config import Config
+from ..contrast import entropy, entropy_split, onehot, u2pl_samples
+from ..data.families import build_views
+from ..data.images import Images
+from ..methods import METHODS, ael, pseudoseg
+from ..methods.st_plus_plus import ranked, reliability
+from ..metrics import confusion, miou
+from ..trained import Trained
 
 
 class Stability(NamedTuple):

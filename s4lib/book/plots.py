@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..data.images import Images
+from ..trained import Trained
 from .analysis import Predictions
-from .data.images import Images
-from .trained import Trained
 
 METHOD_COLORS = {
     "supervised": "#6e7178",

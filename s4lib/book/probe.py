@@ -18,16 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config import Config, one_of
+from ..data.images import Images
+from ..evaluate import evaluated
+from ..method import Batch, Clock, Method, Minimize, train_step
+from ..metrics import confusion, miou
+from ..minimizer import Minimizer
+from ..run_folder import snapshots
+from ..trained import Trained, load
+from ..trainer import AMP, seed_noise
 from .analysis import disagreement, predictions, weight_distance
-from .config import Config, one_of
-from .data.images import Images
-from .evaluate import evaluated
-from .method import Batch, Clock, Method, Minimize, train_step
-from .metrics import confusion, miou
-from .minimizer import Minimizer
-from .run_folder import snapshots
-from .trained import Trained, load
-from .trainer import AMP, seed_noise
 
 
 def watch(minimize: Minimize, observe: Callable[[str, tuple[nn.Module, ...]], None]) -> Minimize:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
 
+from ..losses import IGNORE
 from .analysis import Predictions, near_border
-from .losses import IGNORE
 
 
 def neighbour_distances(

@@ -6,15 +6,16 @@ import random
 import time
 from dataclasses import dataclass
 
+import jsonargparse
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
-from .config import Config
-from .data import open_dataset
-from .data.families import build_views
-from .speed import keep_freed_memory
+from ..config import Config
+from ..data import open_dataset
+from ..data.families import build_views
+from ..speed import keep_freed_memory
 
 MEAN = (0.485, 0.456, 0.406)  # of padding; normalisation costs the same with any
 
@@ -40,6 +41,40 @@ class DataTimes:
     @property
     def seconds(self) -> float:
         return self.decode + self.weak + self.strong
+
+
+def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
+    """`s4 bench data`. Raises ValueError for bad input."""
+    for name in ("dataset", "data_root", "augment", "outside"):
+        parser.add_argument(f"--{name}", default=getattr(Config, name))
+    for name, kind in (("size", int), ("crop", int), ("scale", float)):
+        parser.add_argument(f"--{name}", type=kind, nargs=2, default=list(getattr(Config, name)))
+    for name in ("batch", "resize_base"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
+    parser.add_argument("--strong_views", type=int, default=1)
+    parser.add_argument("--images", type=int, default=64, help="how many are prepared")
+    options = parser.parse_args(arguments).as_dict()
+    _, count, views = (options.pop(key) for key in ("what", "images", "strong_views"))
+    config = Config.from_dict(options)
+    times = bench_data(config, count, views)
+    crop = "{} x {}".format(*(config.crop or (round(times.height), round(times.width))))
+    print(
+        f"{config.dataset}, {times.height:.0f} x {times.width:.0f} pixels, to {config.augment} "
+        f"views of {crop}, {views} strong: {count / times.seconds:.1f} images/s per core"
+    )
+    parts = {"decode": times.decode, "resize and crop": times.weak, "colour": times.strong}
+    for name, seconds in parts.items():
+        print(f"{name:16}{100 * seconds / times.seconds:4.0f} %{1e3 * seconds / count:9.2f} ms")
+    print(f"decoding alone, as where a GPU makes the views: {count / times.decode:.1f} images/s")
+    if released := times.released:
+        made = times.seconds, times.weak + times.strong, times.decode
+        print(
+            "the released pipeline: {:.1f} images/s; ours {:.1f} times that, {:.1f} times with "
+            "decoded images in memory, {:.1f} times where it only decodes".format(
+                count / released, *(released / seconds for seconds in made)
+            )
+        )
+    return 0
 
 
 def bench_data(config: Config, count: int, strong_views: int) -> DataTimes:
