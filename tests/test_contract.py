@@ -33,6 +33,17 @@ PRESETS = [
 every_preset = pytest.mark.parametrize(("name", "preset"), PRESETS)
 
 
+# Whole trainings: of one preset of each method, of all of the four papers; `make slow` adds the rest.
+FOUR = "gta_seg", "ps_mt", "dual_teacher", "gps"
+trained_preset = pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        pytest.param(n, p, marks=() if p == "paper" or n in FOUR else pytest.mark.slow)
+        for n, p in PRESETS
+    ],
+)
+
+
 class World:
     """A method with its minimizer and random batches to feed it."""
 
@@ -153,7 +164,7 @@ class Killed(Exception):
     """Stands for a kill between two steps."""
 
 
-@every_preset
+@trained_preset
 def test_a_run_killed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
     tiny, tmp_path, name, preset, monkeypatch
 ):
