@@ -33,7 +33,7 @@ PRESETS = [
 every_preset = pytest.mark.parametrize(("name", "preset"), PRESETS)
 
 
-# Whole trainings: of one preset of each method, of all of the four papers; `make slow` adds the rest.
+# Whole trainings: one preset of each method, all of the four papers; `make slow` adds the rest.
 FOUR = "gta_seg", "ps_mt", "dual_teacher", "gps"
 trained_preset = pytest.mark.parametrize(
     ("name", "preset"),
