@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from . import records
-from .book.headless import interruptible
 from .cli import Parser
 from .config import Config
+from .interrupts import interruptible
 from .methods import METHODS
 from .protocols import protocol
 from .run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests: a run finishes its step, writes its checkpoint, then stops."""
+"""Signals as requests: a run ends its step and writes its checkpoint, a queue winds up."""
 
 from __future__ import annotations
 
@@ -43,3 +43,25 @@ def stop_requests():
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Turn the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt(number), ignore the rest."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    caught = [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+    def interrupt(number, frame):
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    before = {each: signal.signal(each, interrupt) for each in caught}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from s4lib.book.headless import Job, explain, interruptible, run, say
-from s4lib.protocols import PROFILES
+from ..interrupts import interruptible
+from ..protocols import PROFILES
+from .headless import Job, explain, run, say
 
 ROOT = Path(__file__).resolve().parents[2]
 # These run the book but decide nothing that a page shows.

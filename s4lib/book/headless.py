@@ -8,12 +8,10 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -159,28 +157,6 @@ def stop(processes: list[subprocess.Popen], patience: float = 10.0) -> None:
             with suppress(psutil.NoSuchProcess):
                 getattr(member, act)()
         _, family = psutil.wait_procs(family, timeout=patience)
-
-
-@contextmanager
-def interruptible():
-    """Turn the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt(number), ignore the rest."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    caught = [getattr(signal, name) for name in names if hasattr(signal, name)]
-
-    def interrupt(number, frame):
-        for each in caught:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
-
-    before = {each: signal.signal(each, interrupt) for each in caught}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _surroundings(root: Path) -> dict:
