@@ -71,3 +71,13 @@ def test_powers_are_straight_lines_and_references_dashed():
     assert (first.get_xscale(), second.get_yscale()) == ("log", "log")
     assert [line.get_linestyle() for line in first.lines] == ["-", "--"]
     assert first.lines[0].get_color() == second.lines[0].get_color()
+
+
+def test_stacked_bars_end_at_the_sum_of_their_parts():
+    rows = {"one": {"forward a": 2.0, "forward b": 1.0, "rest": 3.0}, "two": {"rest": 4.0}}
+    figure = plots.stacked(rows, xlabel="ms")
+    bars = figure.axes[0].patches
+    assert [bar.get_x() + bar.get_width() for bar in bars] == [2.0, 3.0, 6.0, 4.0]
+    assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[2].get_facecolor()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "rest"]
+    plt.close(figure)

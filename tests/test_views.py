@@ -841,9 +841,10 @@ def test_bench_prints_images_a_second_and_shares(name, camvid, capsys):
     threads = torch.get_num_threads()
     assert main(arguments) == 0
     assert torch.get_num_threads() == threads
-    first, *rest = capsys.readouterr().out.splitlines()
+    first, *rest, alone = capsys.readouterr().out.splitlines()
     assert first.startswith(f"camvid, 18 x 24 pixels, to {name} views of 16 x 20, 2 strong: ")
     rate = float(first.split(": ")[1].split()[0])
+    assert float(alone.split(": ")[1].split()[0]) > rate  # decoding is less than all
     cells = [line.split() for line in rest]
     assert [line.split("  ")[0] for line in rest] == ["decode", "resize and crop", "colour"]
     assert abs(sum(float(c[-4]) for c in cells) - 100) <= 2

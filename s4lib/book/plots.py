@@ -411,3 +411,20 @@ def powers(
     names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=2)
     return figure
+
+
+def stacked(rows: Mapping[str, Mapping[str, float]], *, xlabel: str) -> Figure:
+    """{name: {part: value}} as one bar a name; parts that begin with one word share a colour."""
+    kinds = list(dict.fromkeys(part.split()[0] for parts in rows.values() for part in parts))
+    figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.35 * len(rows)))
+    for name, parts in rows.items():
+        left = 0.0
+        for part, value in parts.items():
+            color = f"C{kinds.index(part.split()[0])}"
+            axis.barh(name, value, left=left, color=color, edgecolor="white", linewidth=0.6)
+            left += value
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel)
+    patches = [Patch(color=f"C{i}", label=kind) for i, kind in enumerate(kinds)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(kinds), 6))
+    return figure
