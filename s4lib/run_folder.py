@@ -193,6 +193,7 @@ class RunFolder:
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise ValueError(f"{self.checkpoint}: not a checkpoint of s4lib")
         kept, ours = state["config"], self.config.to_dict()
+        kept = {**Config().to_dict(), **kept}  # an older one lacks options that are new
         differ = [k for k in ours if kept.get(k) != ours[k] and k not in NO_NUMBER]
         if differ:
             there, here = (f"{c.get(differ[0])!r}" for c in (kept, ours))

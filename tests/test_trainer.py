@@ -725,3 +725,16 @@ def test_compiled_networks_train_as_plain_ones_and_keep_their_names(tiny, tmp_pa
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
     kept = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert kept >= 3  # encoder, decoder, classifier: else nothing was compiled
+
+
+def test_a_checkpoint_made_before_an_option_existed_counts_as_its_default(tiny, tmp_path):
+    config = tiny(epochs=1)
+    fit(config, out=tmp_path)
+    folder = RunFolder(tmp_path, config)
+    state = torch.load(folder.checkpoint, weights_only=True)
+    del state["config"]["compile"]
+    torch.save(state, folder.checkpoint)
+    assert folder.load()["step"] == state["step"]
+    torch.save({**state, "config": {**state["config"], "compile": True}}, folder.checkpoint)
+    with pytest.raises(ValueError, match="compile is True, not False"):
+        folder.load()
