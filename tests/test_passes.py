@@ -18,6 +18,8 @@ from s4lib.passes import citation, passes
         ("mean_teacher", "paper", (2, 1, 2)),  # labeled and unlabeled; the teacher's targets
         ("gta_seg", "paper", (2, 1, 2)),  # teacher; assistant; student
         ("ps_mt", "paper", (2, 2, 2)),  # two teachers
+        ("dual_teacher", "paper", (3, 1, 3)),  # a sub-model more; the teacher whose turn it is
+        ("gps", "paper", (6, 3, 6)),  # three networks twice; teacher for students, they for it
         ("unimatch", "paper", (4, 0, 4)),  # labeled, weak, two strong; one network labels itself
         ("cps", "no_cutmix", (4, 0, 4)),  # two networks, each labeled and unlabeled
     ],
