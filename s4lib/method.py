@@ -1,4 +1,4 @@
-"""The words methods are written in: `Batch`, `Clock`, `Method`, `joint`, `frozen_copy`, `ema`."""
+"""The words methods are written in: `Batch`, `Clock`, `Method`, `joint`, `ema` and others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from .config import checked, one_of
 from .losses import ce
 
 
+class Crop(NamedTuple):
+    """Another crop of a step's unlabeled images; its fields are as those of `Batch`."""
+
+    weak: Tensor
+    strong: tuple[Tensor, ...]
+    valid: Tensor
+
+
 class Batch(NamedTuple):
     """One step's data on the device: B labeled, U unlabeled images (0 if the method wants none)."""
 
@@ -27,6 +35,7 @@ class Batch(NamedTuple):
     valid: Tensor  # False where `weak` is padding   (U, H, W) bool
     image_strong: Tensor | None = None  # strong view of `image`, for methods that want it
     weak_label: Tensor | None = None  # pseudo-label of `weak`, for `offline_labels`, as `label`
+    second: Crop | None = None  # of the same unlabeled images, for `second_crop`
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Method(nn.Module):
     # What makes them strong, one word or one per view: "colour" (photometric, of the run's
     # `augment`), "noise" (Gaussian) or "normalised" (Dual Teacher's jitter of normalised images).
     family: str | tuple[str, ...] = "colour"
+    second_crop: bool = False  # whether `Batch.second` is wanted
     unlabeled_order: str = "shuffled"  # or "fixed": the list's first images, as many as are labeled
     uses_unlabeled: ClassVar[bool] = True
     offline_labels: bool = False  # whether `Batch.weak_label` is wanted, which `recipe` has made

@@ -48,6 +48,10 @@ class Mix:
         mask = self.mask if x.ndim == 3 else self.mask[:, None]
         return torch.where(mask, x[self.partner], x)
 
+    def same(self) -> Mix:
+        """These boxes, each image its own partner: to `paste` another crop of it."""
+        return Mix(self.mask, torch.arange(len(self.mask), device=self.mask.device))
+
 
 def paint(top: Tensor, left: Tensor, height: Tensor, width: Tensor, like: Tensor) -> Tensor:
     """Masks (..., H, W) bool, True inside boxes (...) in pixels; what sticks out is cut off."""
@@ -114,16 +118,10 @@ def cutmix_beta(like: Tensor, a: float = 4.0) -> Mix:
     border; partners are a random permutation (PS-MT@058cdc3 rand_bbox_1, cut_mix;
     dual-teacher@868e6e79 cut_mixer).
     """
-    b, (h, w) = len(like), like.shape[-2:]
     if a <= 0:
         raise ValueError(f"a={a}: choose a number above 0")
-    side = (1 - _move(Beta(a, a, validate_args=False).sample(), like)).sqrt()
-    u = _move(torch.rand(b, 2), like)
-    up, back = (side * h / 2).floor(), (side * w / 2).floor()
-    y = h // 8 + (u[:, 0] * (h - h // 8)).floor()
-    x = w // 8 + (u[:, 1] * (w - w // 8)).floor()
-    mask = paint(y - up, x - back, 2 * up, 2 * back, like)
-    return Mix(mask, _move(torch.randperm(b), like))
+    mask = boxes_beta(like, a, a)
+    return Mix(mask, _move(torch.randperm(len(like)), like))
 
 
 def cutmix_small(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .method import Batch, Clock
+from .method import Batch, Clock, Crop
 from .methods import METHODS
 from .nets import SegNet, build_net
 
@@ -47,7 +47,10 @@ def passes(name: str, preset: str = "paper") -> Passes:
         valid = torch.empty(unlabeled, SIZE, SIZE, dtype=torch.bool)
     views = (image[:unlabeled],) * method.strong_views
     strong = image if method.labeled_strong else None
-    batch = Batch(image, label, image[:unlabeled], views, valid, strong, label[:unlabeled])
+    crop = Crop(image[:unlabeled], views, valid)
+    batch = Batch(
+        image, label, *crop, strong, label[:unlabeled], crop if method.second_crop else None
+    )
     for net in method.modules():
         if isinstance(net, SegNet):
             net.encoder.register_forward_hook(functools.partial(_count, counts))

@@ -78,7 +78,8 @@ def fit(
         return record
     run = Run(config, folder, device, labels)  # bad input is found here, before anything is written
     with folder.locked(wait) if run.main else contextlib.nullcontext():
-        if run.main and restart:
+        # Unless another process has done it while this one waited.
+        if run.main and restart and (folder.missing() or folder.record() == record):
             folder.clear()
         distributed.barrier()
         if record := folder.record():  # another process has trained it while this one waited

@@ -15,7 +15,7 @@ from s4lib.build import build_method
 from s4lib.config import checked
 from s4lib.evaluate import evaluated
 from s4lib.losses import IGNORE
-from s4lib.method import Batch, Clock, trainable
+from s4lib.method import Batch, Clock, Crop, trainable
 from s4lib.methods import METHODS
 from s4lib.minimizer import Minimizer
 from s4lib.trainer import fit
@@ -62,7 +62,9 @@ class World:
         strong = (images[2],) * self.method.strong_views
         strong_view = images[3] if self.method.labeled_strong else None
         batch = images[0], label, images[1][:unlabeled], strong, valid[:unlabeled], strong_view
-        return Batch(*batch, label.flip(1) if self.method.offline_labels else None)
+        weak_label = label.flip(1) if self.method.offline_labels else None
+        second = Crop(images[3], strong, valid) if self.method.second_crop else None
+        return Batch(*batch, weak_label, second)
 
     def step(self, batch: Batch, step: int = LAST) -> dict[str, torch.Tensor]:
         torch.manual_seed(step)

@@ -11,10 +11,11 @@ from torch import nn
 
 from s4lib.build import build_method
 from s4lib.losses import IGNORE
-from s4lib.method import Batch, Clock
+from s4lib.method import Batch, Clock, Crop
 from s4lib.methods import cps, n_cps
 from s4lib.methods.cps import CPS, cross
 from s4lib.methods.n_cps import NCPS, ensemble, sure_label
+from s4lib.mixing import Mix, paste
 
 LOSS = {"rtol": 1e-5, "atol": 1e-6}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
@@ -88,15 +89,14 @@ def test_a_step_with_cutmix_is_that_of_torchsemiseg(golden, monkeypatch, kind):
         nets.append(nn.Conv2d(3, 7, 3, padding=1))
         nets[-1].load_state_dict({k: g[f"net{i}.{k}"] for k in ("weight", "bias")})
 
-    def mix(x):
-        return torch.where(mask if x.ndim == 4 else mask[:, 0], x[2:], x[:2])
-
-    weak = torch.cat([g["images_u0"], g["images_u1"]])
-    torch.testing.assert_close(mix(weak), g["mixed"])
+    mix = Mix(mask[:, 0], torch.tensor([1, 0]))  # the partners are not what its boxes show
+    torch.testing.assert_close(paste(mix.same(), g["images_u1"], g["images_u0"]), g["mixed"])
     monkeypatch.setattr(cps if kind is CPS else n_cps, "cutmix_xor", lambda like: mix)
-    arguments = {"weight": float(g["cps_weight"])} | ({} if kind is CPS else {"n": 2})
-    method, update = built(kind, nets, **arguments), Update()
-    batch = batch_of(g["images_l"], g["target_l"], weak)
+    arguments = {"weight": float(g["cps_weight"]), "partner": "same"}
+    method, update = built(kind, nets, **arguments, **({} if kind is CPS else {"n": 2})), Update()
+    assert method.second_crop
+    batch = batch_of(g["images_l"], g["target_l"], g["images_u0"])
+    batch = batch._replace(second=Crop(g["images_u1"], (), batch.valid))
     _, _, teaching, _ = cps.predictions(nets, batch, mix)
     for i, x in enumerate(teaching, 1):
         assert torch.equal(x.argmax(1), g[f"pseudo_{i}"]) and not x.requires_grad

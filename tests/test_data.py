@@ -524,6 +524,15 @@ def test_ranks_share_a_batch_without_overlap(loader, monkeypatch):
         loader(3, 4)
 
 
+def test_a_share_of_one_unlabeled_image_is_warned_of(loader, monkeypatch):
+    """Mixing takes partners from a process's share: alone, an image would show itself unnoticed."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.warns(UserWarning, match="unlabeled_batch=2 on 2 processes"):
+        loader(2, 2)
+    loader(2, 2, method="supervised")
+    loader(2, 4)
+
+
 def test_batches_follow_seed_and_step(loader):
     a, same, other = loader(seed=1), loader(seed=1), loader(seed=2)
     assert torch.equal(a[5].weak, same[5].weak) and torch.equal(a[5].image, same[5].image)
@@ -540,6 +549,29 @@ def test_a_method_gets_the_views_it_declares_and_no_others(loader):
     assert len(batch.weak) == 4 and len(batch.strong) == 1
     assert batch.weak.shape == batch.strong[0].shape == (4, 3, 16, 20)
     assert batch.label.dtype == torch.int64 and batch.valid.dtype == torch.bool
+
+
+def test_a_second_crop_shows_the_same_images_elsewhere(loader):
+    same = loader(method="unimatch", method_args={"partner": "same"}, unlabeled_batch=4, blur=0.0)
+    plain = loader(method="unimatch", unlabeled_batch=4, blur=0.0)[0]
+    batch = same[0]
+    assert plain.second is None and torch.equal(plain.weak, batch.weak)
+    assert all(map(torch.equal, plain.strong, batch.strong))
+    second = batch.second
+    assert second.weak.shape == batch.weak.shape and second.valid.shape == batch.valid.shape
+    assert len(second.strong) == 2 and not torch.equal(second.weak, batch.weak)
+    for view, strong in zip(second.strong, batch.strong, strict=True):
+        assert not torch.equal(view, second.weak) and not torch.equal(view, strong)
+    assert torch.equal(same[0].second.weak, second.weak)
+    size = same.images[0][1].shape
+    flat = [
+        (torch.full((3, *size), 40 * i, dtype=torch.uint8), same.images[i][1]) for i in range(6)
+    ]
+    same.images = flat
+    batch = same[0]
+    images = [x.amax((1, 2, 3)) for x in (batch.weak, batch.second.weak)]
+    torch.testing.assert_close(*images)
+    assert len({round(x, 3) for x in images[0].tolist()}) == 4
 
 
 def test_strong_views_show_the_weak_crop_in_other_colours(loader):

@@ -13,7 +13,7 @@ from s4lib.bench.commands import SUITES
 from s4lib.bench.step import bench_step
 from s4lib.build import build_method
 from s4lib.config import Config
-from s4lib.method import Batch, Clock
+from s4lib.method import Batch, Clock, Crop
 from s4lib.methods import METHODS
 from s4lib.minimizer import Minimizer
 from s4lib.run_folder import RunFolder
@@ -53,7 +53,8 @@ def test_losses_agree_with_the_cpu(tiny, method):
             move = lambda x, device=device: x.to(device)  # noqa: E731
             views = (move(strong),) * built.strong_views
             batch = Batch(move(image), move(label), move(weak), views, move(valid), move(strong))
-            batch = batch._replace(weak_label=batch.label)
+            second = Crop(batch.weak.flip(-1), batch.strong, batch.valid)
+            batch = batch._replace(weak_label=batch.label, second=second)
             torch.manual_seed(0)
             minimizer.begin(Clock(0, 1, 1))
             step = built.step(batch, Clock(0, 1, 1), minimizer)

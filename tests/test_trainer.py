@@ -612,6 +612,24 @@ def test_who_waits_for_a_run_gets_its_record(tiny, tmp_path):
     assert not folder.checkpoint.exists()
 
 
+def test_who_waits_to_train_again_keeps_what_another_process_has_made(tiny, tmp_path):
+    """Two readers ask for the same snapshots at once: the second does not throw them away."""
+    plain, config = tiny(), tiny(snapshots=[1])
+    old, folder = fit(plain, out=tmp_path), RunFolder(tmp_path, config)
+    assert folder.missing() == [1] and folder.record() == old
+    new, lock = {**old, "seconds": -1}, fcntl.flock
+
+    def flock(file, how: int) -> None:
+        lock(file, how)
+        (folder.path / "epoch-0001.pt").touch()
+        folder.write_record(new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        assert fit(config, out=tmp_path, wait=True) == new
+    assert fit(config, out=tmp_path, restart=True)["seconds"] >= 0  # nobody else has: again
+
+
 def test_a_file_size_limit_is_one_line(uninterrupted, tmp_path, child):
     """The operating system refuses to write more, as a full disk does."""
     config, _ = uninterrupted

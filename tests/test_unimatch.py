@@ -10,7 +10,7 @@ from torch import nn
 
 from s4lib.build import build_method
 from s4lib.losses import IGNORE, ce, ohem, pseudo_label, weighted_ce
-from s4lib.method import Batch, Clock, ema, frozen_copy
+from s4lib.method import Batch, Clock, Crop, ema, frozen_copy
 from s4lib.methods import unimatch, unimatch_v2
 from s4lib.methods.unimatch import UniMatch
 from s4lib.methods.unimatch_v2 import UniMatchV2
@@ -76,7 +76,9 @@ def batch_of(u: int = 4, size: int = 8) -> Batch:
     valid[1, 3:] = False
     label = torch.randint(0, CLASSES, (u, size, size))
     label[:, 0] = IGNORE
-    return Batch(image, label, weak, (one, two), valid)
+    weak_2, one_2, two_2 = (5 * torch.randn_like(weak) for _ in range(3))
+    second = Crop(weak_2, (one_2, two_2), valid.flip(0))
+    return Batch(image, label, weak, (one, two), valid, second=second)
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_losses_are_those_of_unimatch(golden, prefix):
 
 @pytest.mark.parametrize("preset", ["paper", "code"])
 def test_eq_a_step_is_the_released_loss_block_written_naively(boxes, preset):
-    """Pixel by pixel; `code` pastes the mirrored image, with labels of an evaluation pass."""
+    """Pixel by pixel; `code` pastes the same image's second crop, labelled in evaluation mode."""
     method, batch, update = (
         UniMatch(Identity, **UniMatch.presets[preset]).train(),
         batch_of(),
@@ -160,7 +162,7 @@ def test_eq_a_step_is_the_released_loss_block_written_naively(boxes, preset):
     u = len(batch.weak)
     assert found["sup"] == ce(batch.image, batch.label)
     probs, pseudo = batch.weak.softmax(1).max(1)
-    mirrored, pseudo_m = batch.weak.flip(-1).softmax(1).max(1)
+    second, pseudo_2 = batch.second.weak.softmax(1).max(1)
     terms = []
     for k, mix in enumerate(boxes):
         total = count = 0
@@ -173,9 +175,9 @@ def test_eq_a_step_is_the_released_loss_block_written_naively(boxes, preset):
                     valid, confidence, label = batch.valid[j, y, x], probs[j, y, x], pseudo[j, y, x]
                     image[i, :, y, x] = batch.strong[k][j, :, y, x]
                 elif mix.mask[i, y, x]:
-                    valid, confidence = batch.valid[i, y, 7 - x], mirrored[i, y, x]
-                    label = pseudo_m[i, y, x]
-                    image[i, :, y, x] = batch.strong[1 - k][i, :, y, 7 - x]
+                    valid, confidence = batch.second.valid[i, y, x], second[i, y, x]
+                    label = pseudo_2[i, y, x]
+                    image[i, :, y, x] = batch.second.strong[k][i, :, y, x]
                 count += bool(valid)
                 if valid and confidence >= 0.95:
                     total += F.cross_entropy(image[None, i, :, y, x], label[None])
@@ -211,7 +213,7 @@ def test_images_are_encoded_once_and_decoded_as_often_as_there_are_streams(boxes
         joint = net.seen[-2][0]
         assert equal(joint, torch.cat([batch.image, batch.weak]))
         if preset == "code":
-            assert equal(net.seen[0][0], batch.weak.flip(-1))
+            assert equal(net.seen[0][0], batch.second.weak)
 
 
 def test_half_of_the_channels_are_dropped_and_the_rest_doubled(boxes, monkeypatch):

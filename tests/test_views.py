@@ -875,3 +875,15 @@ def test_every_operation_is_drawn_by_some_family():
     kinds = [family.colour for family in FAMILIES.values()] + [colour.draw_distortion]
     drawn = {name for draw in kinds for one in draws(draw, 300) for name, _ in one}
     assert drawn == set(OPERATIONS)
+
+
+def test_normalised_jitter_is_finite_where_the_largest_channel_is_zero():
+    """torchvision's hue divides by it: black, as the clamp of what is not positive says."""
+    dark = torch.tensor([0.0, -1.0, -0.5]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert TF.adjust_hue(dark, 0.1).isnan().any()
+    first = []
+    for seed in range(40):
+        first.append(colour.draw_jitter(np.random.default_rng(seed))[0][0])
+        out = jitter_normalised(dark, np.random.default_rng(seed))
+        assert out.isfinite().all() and (first[-1] != "hue" or (out == 0).all())
+    assert "hue" in first

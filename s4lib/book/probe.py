@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import Config, one_of
 from ..data.images import Images
 from ..evaluate import evaluated
-from ..method import Batch, Clock, Method, Minimize, train_step
+from ..method import Batch, Clock, Crop, Method, Minimize, train_step
 from ..metrics import confusion, miou
 from ..minimizer import Minimizer
 from ..run_folder import snapshots
@@ -85,7 +85,8 @@ def plain_batch(
     with torch.no_grad():
         weak_label = method(weak).argmax(1) if method.offline_labels else None
     image_strong = image if method.labeled_strong else None
-    return Batch(image, label, weak, strong, valid, image_strong, weak_label)
+    second = Crop(weak, strong, valid) if method.second_crop else None
+    return Batch(image, label, weak, strong, valid, image_strong, weak_label, second)
 
 
 def probe_step(model: Trained, batch: Batch, image: Tensor | None = None) -> list[Look]:

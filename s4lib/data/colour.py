@@ -183,6 +183,10 @@ def jitter_normalised(batch: Tensor, rng: np.random.Generator) -> Tensor:
     drawn = draw_jitter(rng)
     if rng.uniform() < 0.2:
         drawn.append(("grey", None))
-    for name, value in drawn:  # torchvision's hue, as released: ours differs outside [0, 1]
-        batch = F.adjust_hue(batch, value) if name == "hue" else OPERATIONS[name](batch, value)
+    for name, value in drawn:
+        if name == "hue":  # torchvision's, as released: ours differs outside [0, 1]
+            # It divides by the largest channel; what has 0 there can only be black after the clamp.
+            batch = F.adjust_hue(batch, value).nan_to_num_(0)
+        else:
+            batch = OPERATIONS[name](batch, value)
     return batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from .. import distributed
 from ..config import one_of
-from ..method import Batch, Method
+from ..method import Batch, Crop, Method
 from .colour import jitter_normalised
 from .families import FamilyViews
 from .images import Images
 from .splits import Split
 from .views import Views, add_noise
 
-LABELED, UNLABELED, SHARED = 0, 1, 4  # streams of random numbers (2 and 3: views of the first two)
+# Streams of random numbers: orders, then what is drawn for the views of images.
+LABELED, UNLABELED = 0, 1
+LABELED_VIEWS, UNLABELED_VIEWS, SHARED, SECOND_VIEWS = 2, 3, 4, 5
 
 
 class Loader:
@@ -70,7 +73,7 @@ class Loader:
         family = method.family
         self.families = (family,) * method.strong_views if isinstance(family, str) else family
         self.labeled_family = family if isinstance(family, str) else family[0]
-        self.labeled_strong = method.labeled_strong
+        self.labeled_strong, self.second_crop = method.labeled_strong, method.second_crop
         self.pseudo_labels = pseudo_labels if method.offline_labels else None
         for family in (*self.families, self.labeled_family):
             one_of("family", family, "colour", "noise", "normalised")
@@ -78,6 +81,12 @@ class Loader:
         if self.uses_unlabeled and not split.unlabeled:
             raise ValueError(
                 "labeled covers every image, so nothing is left unlabeled: use method=supervised"
+            )
+        if self.uses_unlabeled and unlabeled_batch == distributed.world() > 1:
+            warnings.warn(
+                f"unlabeled_batch={unlabeled_batch} on {distributed.world()} processes: each has "
+                "one image, so what mixes the images of a batch shows each in itself",
+                stacklevel=3,
             )
         order = one_of("unlabeled_order", method.unlabeled_order, "shuffled", "fixed")
         self.shuffled = order == "shuffled"
@@ -119,21 +128,23 @@ class Loader:
         share = len(entries) // distributed.world()
         return entries[distributed.rank() * share : (distributed.rank() + 1) * share]
 
+    def _read(self, entries: list[tuple[int, int]]) -> tuple[tuple[Tensor, ...], ...]:
+        """Images and labels of these (pass, image index)."""
+        samples = self._readers.map(lambda entry: self.images[entry[1]], entries)
+        return tuple(zip(*samples, strict=True))
+
     def _drawn(
-        self, stream: int, entries: list[tuple[int, int]]
-    ) -> tuple[list[Tensor], list[Tensor], list, list[np.random.Generator]]:
-        """Images, labels, drawn crops and generators of these (pass, image index)."""
-        images, labels = zip(
-            *self._readers.map(lambda entry: self.images[entry[1]], entries), strict=True
-        )
+        self, stream: int, entries: list[tuple[int, int]], labels: Sequence[Tensor]
+    ) -> tuple[list, list[np.random.Generator]]:
+        """Crops drawn for these (pass, image index), and the generators that drew them."""
         # An image met twice in one pass (a batch larger than the list) gets two different views.
         seen: dict[tuple[int, int], int] = {}
         rngs, crops = [], []
         for entry, label in zip(entries, labels, strict=True):
             seen[entry] = seen.get(entry, -1) + 1
-            rngs.append(np.random.default_rng([self.seed, 2 + stream, *entry, seen[entry]]))
+            rngs.append(np.random.default_rng([self.seed, stream, *entry, seen[entry]]))
             crops.append(self.views.draw_crop(rngs[-1], *label.shape, label))
-        return list(images), list(labels), crops, rngs
+        return crops, rngs
 
     def _normalise(self, image: Tensor) -> Tensor:
         normalised = (image - self.mean).div_(self.std)
@@ -148,7 +159,8 @@ class Loader:
 
     def _make(self, step: int) -> Batch:
         entries = self._mine(self.labeled_at(step))
-        images, labels, crops, rngs = self._drawn(LABELED, entries)
+        images, labels = self._read(entries)
+        crops, rngs = self._drawn(LABELED_VIEWS, entries, labels)
         plain = self.views.crop_images(images, crops, self.device)
         image, label = self._normalise(plain), self.views.crop_labels(labels, crops, self.device)
         image_strong = None
@@ -159,23 +171,34 @@ class Loader:
             valid = torch.ones_like(label[:0], dtype=torch.bool)
             return Batch(image, label, image[:0], (), valid, image_strong)
         entries = self._mine(self.unlabeled_at(step))
-        images, _, crops, rngs = self._drawn(UNLABELED, entries)
+        images, labels = self._read(entries)
+        crops, rngs = self._drawn(UNLABELED_VIEWS, entries, labels)
+        first = self._crop(step, images, crops, rngs)
+        weak_label = second = None
+        if self.pseudo_labels:
+            found = list(self._readers.map(lambda e: self.pseudo_labels[e[1]], entries))
+            weak_label = self.views.crop_labels(found, crops, self.device)
+        if self.second_crop:
+            second = self._crop(step, images, *self._drawn(SECOND_VIEWS, entries, labels))
+        return Batch(image, label, *first, image_strong, weak_label, second)
+
+    def _crop(
+        self,
+        step: int,
+        images: Sequence[Tensor],
+        crops: list,
+        rngs: list[np.random.Generator],
+    ) -> Crop:
+        """Weak and strong views of drawn crops of unlabeled images."""
         plain = self.views.crop_images(images, crops, self.device)
         weak = self._normalise(plain)
-        shared = [
-            np.random.default_rng([self.seed, SHARED, step, view])
-            for view in range(len(self.families))
-        ]
         strong = tuple(
-            self._strong(family, plain, weak, rngs, one)
-            for family, one in zip(self.families, shared, strict=True)
+            self._strong(
+                family, plain, weak, rngs, np.random.default_rng([self.seed, SHARED, step, view])
+            )
+            for view, family in enumerate(self.families)
         )
-        valid = self.views.valid(images, crops, self.device)
-        weak_label = None
-        if self.pseudo_labels:
-            labels = list(self._readers.map(lambda e: self.pseudo_labels[e[1]], entries))
-            weak_label = self.views.crop_labels(labels, crops, self.device)
-        return Batch(image, label, weak, strong, valid, image_strong, weak_label)
+        return Crop(weak, strong, self.views.valid(images, crops, self.device))
 
     def _strong(
         self,

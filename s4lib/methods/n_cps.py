@@ -5,11 +5,12 @@ so that each network's share of it does not grow with n. What is deployed may be
 ensemble of all, which the paper's best rows are: those compare with ensembles only.
 
 `paper` is three networks with CutMix and CPS's weight, one of them deployed; `code` is
-n-cps@9fb856c, where padding counts; `soft_voting` deploys the ensemble. `threshold` and
+n-cps@9fb856c, where padding counts and boxes show another crop of the same image, as in CPS's;
+`soft_voting` deploys the ensemble. `threshold` and
 `normalised` are options of the code, off in its settings, and the first is forbidden with CutMix
 there. Its hard voting takes a map of (B, H, W, K) for (B, K, H, W) and gives no vote; here it is
-one. It pastes another crop of the same image, as CPS's, and averages gradients twice: "lr 0.02,
-weight decay 1e-4 on 8 GPUs" is 0.0025 and 8e-4 of a true mean.
+one. It averages gradients twice: "lr 0.02, weight decay 1e-4 on 8 GPUs" is 0.0025 and 8e-4 of a
+true mean.
 """
 
 from __future__ import annotations
@@ -35,17 +36,23 @@ class NCPS(Method):
     threshold: float = 0.0  # confidence above which a pixel teaches; at 0 all do
     cutmix: bool = True  # mix unlabeled images; without, labeled images take part in the cross loss
     padding: bool = False  # padding, and void where labeled images take part, counts too
+    partner: Literal["next", "same"] = "next"  # what a box shows, as in `CPS`
     # What is deployed: the first network, or all by `ensemble`.
     deploy: Literal[
         "single", "max_confidence", "max_confidence_softmax", "soft_voting", "hard_voting"
     ] = "single"
 
-    presets = {"paper": {}, "code": {"padding": True}, "soft_voting": {"deploy": "soft_voting"}}
+    presets = {
+        "paper": {},
+        "code": {"padding": True, "partner": "same"},
+        "soft_voting": {"deploy": "soft_voting"},
+    }
 
     def setup(self, build):
         if self.n < 2:
             raise ValueError(f"n={self.n}: choose 2 or more")
         self.students = nn.ModuleList([build() for _ in range(self.n)])
+        self.second_crop = self.cutmix and self.partner == "same"
         self.deployed = "students.0" if self.deploy == "single" else self.deploy
 
     def step(self, batch, clock, minimize):

@@ -6,9 +6,8 @@ with half of the channels of its features gone. There is no teacher; the weak vi
 computed once, and labeled and weak images share a pass.
 
 `code` is UniMatch@0324f3dd. Its boxes show the *same* image, in another crop that the network has
-labelled in evaluation mode: both of its loaders walk one list in one order. Ours draw one crop, so
-here a box shows the mirrored crop, in the other strong view's colours. Its BN also sees the labeled
-images' dropped features. On Cityscapes it has threshold 0, so that every pixel counts.
+labelled in evaluation mode: both of its loaders walk one list in one order. Its BN also sees the
+labeled images' dropped features. On Cityscapes it has threshold 0, so that every pixel counts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from ..config import Count, Share
 from ..losses import IGNORE, pseudo_label, weighted_ce
 from ..method import Method, joint
-from ..mixing import Mix, cutmix_small, paste
+from ..mixing import cutmix_small, paste
 
 
 class UniMatch(Method):
@@ -32,7 +31,7 @@ class UniMatch(Method):
     image_weight: float = 0.5  # of the strong views' mean loss (mu)
     feature_weight: float = 0.5  # of the loss with dropped features (lambda)
     dropout: Share = 0.5  # probability that a feature's channel is dropped
-    # What a box shows: the next image of the batch, or the same image (see above).
+    # What a box shows: the next image of the batch, or another crop of the same one.
     partner: Literal["next", "same"] = "next"
     drop_labeled: bool = False  # labeled images are decoded with dropped features too, for BN alone
 
@@ -42,13 +41,14 @@ class UniMatch(Method):
         if self.views < 1:
             raise ValueError(f"views={self.views}: choose 1 or more")
         self.student, self.strong_views = build(), self.views
+        self.second_crop = self.partner == "same"
 
     def step(self, batch, clock, minimize):
         net, b, u, size = self.student, len(batch.image), len(batch.weak), batch.weak.shape[-2:]
         mixes = [cutmix_small(batch.weak) for _ in batch.strong]
         if self.partner == "same":
-            own = torch.arange(u, device=batch.weak.device)
-            mixes, shown = [Mix(mix.mask, own) for mix in mixes], self.mirrored(batch)
+            mixes = [mix.same() for mix in mixes]
+            shown = *self.labelled(batch.second), batch.second.strong
         features = net.encode(torch.cat([batch.image, batch.weak]))
         dropped = (F.dropout2d(f[0 if self.drop_labeled else b :], self.dropout) for f in features)
         fused = net.fuse(tuple(map(torch.cat, zip(features, dropped, strict=True))))
@@ -70,9 +70,8 @@ class UniMatch(Method):
         return {name: value.detach() for name, value in found.items()}
 
     @torch.no_grad()
-    def mirrored(self, batch):
-        """(label, confidence, strong views) of what boxes show if it is the same image."""
-        label, confidence = pseudo_label(self.student.eval()(batch.weak.flip(-1)))
+    def labelled(self, crop):
+        """(label, confidence) of a crop, from an evaluation pass."""
+        label, confidence = pseudo_label(self.student.eval()(crop.weak))
         self.student.train()
-        views = [view.flip(-1) for view in batch.strong[::-1]]
-        return torch.where(batch.valid.flip(-1), label, IGNORE), confidence, views
+        return torch.where(crop.valid, label, IGNORE), confidence
