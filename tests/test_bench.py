@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import Executor, Future
 
 import pytest
 import torch
 
 from s4lib import mixing
+from s4lib.bench import commands
 from s4lib.bench.commands import table
 from s4lib.bench.step import bench_step
 from s4lib.cli import main
@@ -43,6 +46,63 @@ def test_work_grows_with_the_crop_as_it_must():
     )
     work = [row["tflops"] * row["step_ms"] for row in (small, large)]
     assert 3.5 < work[1] / work[0] < 4.1  # all but the pooled branch of the ASPP
+
+
+def test_a_stopped_suite_goes_on_and_a_row_without_room_is_a_row(tmp_path, capsys, monkeypatch):
+    rows = [{"net": "tiny", "crop": [32, 32], "method": m} for m in ("supervised", "mean_teacher")]
+    monkeypatch.setattr(commands, "SUITES", {**commands.SUITES, "cpu": rows})
+    path = tmp_path / "bench-step-cpu.json"
+    arguments = ["bench", "step", *TINY, "--suite", "cpu", "--count", "1", "--out", str(path)]
+
+    def stopped(measure, config, number):
+        if config.method == "mean_teacher":
+            raise KeyboardInterrupt
+        return bench_step(config, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "_alone", stopped)
+        assert main(arguments) == 130
+    first = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in first] == ["supervised"]
+
+    def full(config: Config, number: int) -> dict:
+        raise torch.OutOfMemoryError("no room")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "ProcessPoolExecutor", Here)
+        patch.setattr(commands, "bench_step", full)
+        assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "after 1 of 2 rows" in said and "mean_teacher tiny [32, 32], off: out of memory" in said
+    both = json.loads(path.read_text())["rows"]
+    assert both[0] == first[0] and both[1]["failed"] == "out of memory"
+    assert "| mean_teacher | tiny | 32 x 32 | off | out of memory | | | | |" in table(tmp_path)
+
+
+def test_a_row_of_a_suite_is_measured_in_a_process_of_its_own():
+    config = Config(net="tiny", crop=(32, 32), batch=2, device="cpu")
+    row = commands._alone(process_of, config, 7)
+    assert row == {"net": "tiny", "number": 7, "pid": row["pid"]} and row["pid"] != os.getpid()
+
+
+def process_of(config: Config, number: int) -> dict:
+    return {"net": config.net, "number": number, "pid": os.getpid()}
+
+
+class Here(Executor):
+    """As a pool of one process, without the process."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def submit(self, call, *arguments):
+        future = Future()
+        try:
+            future.set_result(call(*arguments))
+        except torch.OutOfMemoryError as error:
+            future.set_exception(error)
+        return future
 
 
 def test_evaluation_is_measured(tmp_path, capsys):

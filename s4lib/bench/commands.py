@@ -7,10 +7,14 @@ s4 bench step --method cutmix_seg --net light --crop 96 96 --amp bf16 --compile
 from __future__ import annotations
 
 import json
+import multiprocessing
 import types
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jsonargparse
+import torch
 
 from .. import distributed, records
 from ..build import build_method, network_of
@@ -28,7 +32,15 @@ SUITES: types.MappingProxyType[str, list[dict]] = types.MappingProxyType(
     {
         "voc": [
             {**_VOC, "method": name, "crop": [side, side], **fast}
-            for name in ("supervised", "mean_teacher", "cutmix_seg", "gta_seg", "ps_mt", "gps")
+            for name in (
+                "supervised",
+                "mean_teacher",
+                "cutmix_seg",
+                "unimatch",
+                "gta_seg",
+                "ps_mt",
+                "gps",
+            )
             for side in (321, 513)
             for fast in ({}, _FAST)
         ],
@@ -71,18 +83,40 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--out", default="", help="JSON file to write")
     given = parser.parse_args(arguments).as_dict()
     what, suite, number, out = (given.pop(key) for key in ("what", "suite", "count", "out"))
-    chosen = SUITES[suite] if suite else [{}]
-    rows = []
-    for changes in chosen:
-        config = Config.from_dict({**given, **changes})
-        rows.append((bench_step if what == "step" else bench_eval)(config, number))
+    measure, chosen = (bench_step if what == "step" else bench_eval), SUITES.get(suite, [{}])
+    configs = [Config.from_dict({**given, **changes}) for changes in chosen]
+    frame = {
+        "kind": what,
+        "suite": suite,
+        **records.surroundings(distributed.start(configs[0].device)),
+    }
+    rows = _begun(Path(out), frame, len(configs)) if suite and out else []
+    if rows:
+        print(f"{out}: goes on after {len(rows)} of {len(configs)} rows", flush=True)
+    for config in configs[len(rows) :]:
+        rows.append(_alone(measure, config, number) if suite else measure(config, number))
         print(_line(rows[-1]), flush=True)
-    if out:
-        device = distributed.start(given["device"])
-        record = {"kind": what, "suite": suite, "rows": rows, **records.surroundings(device)}
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(Path(out), lambda file: file.write(text.encode()))
+        if out:
+            text = json.dumps({**frame, "rows": rows}, indent=1) + "\n"
+            write_atomically(Path(out), lambda file, text=text: file.write(text.encode()))
     return 0
+
+
+def _begun(path: Path, frame: dict, wanted: int) -> list[dict]:
+    """Rows of a suite that was stopped: same device and versions, and not all there."""
+    old = json.loads(path.read_text("utf8")) if path.is_file() else {}
+    same = all(old.get(key) == frame[key] for key in ("kind", "suite", "device", "versions"))
+    return old["rows"] if same and len(old["rows"]) < wanted else []
+
+
+def _alone(measure: Callable[[Config, int], dict], config: Config, number: int) -> dict:
+    """Measure in a fresh process, whose memory is this row's alone; too little of it is a row."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, config, number).result()
+        except torch.OutOfMemoryError:
+            what = {key: getattr(config, key) for key in ("method", "net", "amp", "compile")}
+            return {**what, "crop": list(config.crop), "failed": "out of memory"}
 
 
 def table(folder: str | Path) -> str:
@@ -92,6 +126,9 @@ def table(folder: str | Path) -> str:
     paths = sorted(Path(folder).glob("bench-step-*.json"))
     for record in (json.loads(path.read_text("utf8")) for path in paths):
         for r in record["rows"]:
+            if "failed" in r:
+                lines.append(_cells(r, f"{r['failed']} | | | |"))
+                continue
             numbers = f"{r['images_per_second']:.1f} | {r['step_ms']:.1f} | "
             numbers += f"{r['peak_memory_bytes'] / 2**30:.2f} | {r['tflops']:.3f} | "
             lines.append(_cells(r, f"{numbers}{100 * r['share_of_matmul']:.0f} %"))
@@ -116,6 +153,8 @@ def _line(row: dict) -> str:
             f"{row['images_per_second']:.1f} images/s, {row['networks']} networks"
         )
     kind = f"{row['amp']}{', compiled' if row['compile'] else ''}"
+    if "failed" in row:
+        return f"{row['method']} {row['net']} {row['crop']}, {kind}: {row['failed']}"
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in row["parts_ms"].items())
     return (
         f"{row['method']} {row['net']} {row['crop']} x {row['batch']}, {kind}: "

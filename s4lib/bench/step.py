@@ -6,6 +6,7 @@ import resource
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import distributed, method, minimizer
@@ -97,10 +98,7 @@ def bench_step(config: Config, steps: int = 10) -> dict:
         batch = make(number)
         if not plain:
             return batch
-        strong = tuple(x.contiguous() for x in batch.strong)
-        return batch._replace(
-            image=batch.image.contiguous(), weak=batch.weak.contiguous(), strong=strong
-        )
+        return tree_map_only(torch.Tensor, torch.Tensor.contiguous, batch)
 
     batch = batch_of(0)
     with FlopCounterMode(display=False) as flops:
