@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from s4lib import mixing
-from s4lib.bench import commands
-from s4lib.bench.commands import table
+from s4lib.bench import commands, tables
 from s4lib.bench.step import bench_step
 from s4lib.cli import main
 from s4lib.config import Config
@@ -35,7 +34,7 @@ def test_steps_are_measured_by_part_and_recorded(tmp_path, capsys):
     assert parts["backward"] > parts["forward teacher"]
     assert row["images_per_second"] == pytest.approx(8e3 / row["step_ms"])
     assert 0 < row["share_of_matmul"] < 1 and row["compile"] is False
-    text = table(tmp_path)
+    text = tables.steps(tmp_path)
     assert f"{row['images_per_second']:.1f}" in text and record["versions"]["torch"] in text
     assert "bf16, compiled | | | | | |" in text  # no GPU has measured it yet
 
@@ -77,7 +76,9 @@ def test_a_stopped_suite_goes_on_and_a_row_without_room_is_a_row(tmp_path, capsy
     assert "after 1 of 2 rows" in said and "mean_teacher tiny [32, 32], off: out of memory" in said
     both = json.loads(path.read_text())["rows"]
     assert both[0] == first[0] and both[1]["failed"] == "out of memory"
-    assert "| mean_teacher | tiny | 32 x 32 | off | out of memory | | | | |" in table(tmp_path)
+    assert "| mean_teacher | tiny | 32 x 32 | off | out of memory | | | | |" in tables.steps(
+        tmp_path
+    )
 
 
 def test_a_row_of_a_suite_is_measured_in_a_process_of_its_own():
@@ -111,6 +112,9 @@ def test_evaluation_is_measured(tmp_path, capsys):
     assert main([*arguments, "--count", "3", "--out", str(path)]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["networks"] == 2 and row["images_per_second"] > 0
+    path.rename(tmp_path / "bench-eval.json")
+    text = tables.evaluations(tmp_path)
+    assert f"| mean_teacher | tiny | 2 | whole | 32 x 40 | {row['images_per_second']:.1f} |" in text
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,14 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
         rows.append(_alone(measure, config, number) if suite else measure(config, number))
         print(_line(rows[-1]), flush=True)
         if out:
-            text = json.dumps({**frame, "rows": rows}, indent=1) + "\n"
-            write_atomically(Path(out), lambda file, text=text: file.write(text.encode()))
+            write(Path(out), {**frame, "rows": rows})
     return 0
+
+
+def write(path: Path, record: dict) -> None:
+    """Write a record of measurements, whole or not at all. Raises OSError."""
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _begun(path: Path, frame: dict, wanted: int) -> list[dict]:
@@ -117,33 +122,6 @@ def _alone(measure: Callable[[Config, int], dict], config: Config, number: int) 
         except torch.OutOfMemoryError:
             what = {key: getattr(config, key) for key in ("method", "net", "amp", "compile")}
             return {**what, "crop": list(config.crop), "failed": "out of memory"}
-
-
-def table(folder: str | Path) -> str:
-    """Markdown of the records of steps, `bench-step-*.json`; what no GPU has measured is blank."""
-    lines = ["| method | network | crop | precision | images/s | ms | GiB | TFLOP/s | of matmul |"]
-    lines.append("|" + " --- |" * 9)
-    paths = sorted(Path(folder).glob("bench-step-*.json"))
-    for record in (json.loads(path.read_text("utf8")) for path in paths):
-        for r in record["rows"]:
-            if "failed" in r:
-                lines.append(_cells(r, f"{r['failed']} | | | |"))
-                continue
-            numbers = f"{r['images_per_second']:.1f} | {r['step_ms']:.1f} | "
-            numbers += f"{r['peak_memory_bytes'] / 2**30:.2f} | {r['tflops']:.3f} | "
-            lines.append(_cells(r, f"{numbers}{100 * r['share_of_matmul']:.0f} %"))
-        lines.append(f"| *{record['device']}, torch {record['versions']['torch']}* |" + " |" * 8)
-    if not any("voc" in path.stem for path in paths):
-        lines += [
-            _cells({"amp": "off", "compile": False, **row}, "| | | |") for row in SUITES["voc"]
-        ]
-    return "\n".join(lines)
-
-
-def _cells(row: dict, numbers: str) -> str:
-    kind = row["amp"] + (", compiled" if row["compile"] else "")
-    crop = " x ".join(map(str, row["crop"]))
-    return f"| {row['method']} | {row['net']} | {crop} | {kind} | {numbers} |"
 
 
 def _line(row: dict) -> str:

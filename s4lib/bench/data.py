@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import jsonargparse
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
+from .. import records
 from ..config import Config
 from ..data import open_dataset
 from ..data.families import build_views
 from ..speed import keep_freed_memory
+from .commands import write
 
 MEAN = (0.485, 0.456, 0.406)  # of padding; normalisation costs the same with any
 
@@ -53,14 +56,15 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=getattr(Config, name))
     parser.add_argument("--strong_views", type=int, default=1)
     parser.add_argument("--images", type=int, default=64, help="how many are prepared")
+    parser.add_argument("--out", default="", help="JSON file to write")
     options = parser.parse_args(arguments).as_dict()
-    _, count, views = (options.pop(key) for key in ("what", "images", "strong_views"))
+    _, count, views, out = (options.pop(k) for k in ("what", "images", "strong_views", "out"))
     config = Config.from_dict(options)
     times = bench_data(config, count, views)
-    crop = "{} x {}".format(*(config.crop or (round(times.height), round(times.width))))
+    high, wide = config.crop or (round(times.height), round(times.width))
     print(
         f"{config.dataset}, {times.height:.0f} x {times.width:.0f} pixels, to {config.augment} "
-        f"views of {crop}, {views} strong: {count / times.seconds:.1f} images/s per core"
+        f"views of {high} x {wide}, {views} strong: {count / times.seconds:.1f} images/s per core"
     )
     parts = {"decode": times.decode, "resize and crop": times.weak, "colour": times.strong}
     for name, seconds in parts.items():
@@ -73,6 +77,12 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
             "decoded images in memory, {:.1f} times where it only decodes".format(
                 count / released, *(released / seconds for seconds in made)
             )
+        )
+    if out:
+        what = {"dataset": config.dataset, "augment": config.augment, "strong_views": views}
+        row = {**what, "crop": [high, wide], **asdict(times)}
+        write(
+            Path(out), {"kind": "data", "rows": [row], **records.surroundings(torch.device("cpu"))}
         )
     return 0
 
