@@ -15,10 +15,13 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def clock_text(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8 s, 3 min 5 s, 1 h 2 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 class Progress:
@@ -27,9 +30,7 @@ class Progress:
     def __init__(self, title: str, total: int):
         self.title, self.total, self.done, self.text = title, max(total, 1), 0, ""
         self.started = self.shown = time.monotonic()
-        self.first = (
-            None  # work that was done before this process started does not count into the pace
-        )
+        self.first = None  # work that was done before, which does not count into the pace
         self.kind = "notebook" if in_notebook() else "terminal" if sys.stderr.isatty() else "lines"
         if self.kind == "terminal":
             form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
@@ -64,7 +65,7 @@ class Progress:
         spent = time.monotonic() - self.started
         here = self.done - (self.first or 0)
         left = spent / here * (self.total - self.done) if here > 0 else None
-        times = clock_text(spent) + (f", {clock_text(left)} left" if left else "")
+        times = duration(spent) + (f", {duration(left)} left" if left else "")
         return f"{self.title}: {self.done}/{self.total} ({times}) {self.text}".rstrip()
 
     def _show(self, metadata: dict | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from s4lib.book import compile as book
-from s4lib.book.headless import clock
+from s4lib.progress import duration
 from s4lib.protocols import PROFILES
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +171,7 @@ def test_an_interrupt_leaves_no_process_behind(repository, number):
     ("seconds", "words"), [(8.4, "8 s"), (185, "3 min 5 s"), (3725, "1 h 2 min")]
 )
 def test_durations_read_well(seconds, words):
-    assert clock(seconds) == words
+    assert duration(seconds) == words
 
 
 # ---- polishing executed notebooks

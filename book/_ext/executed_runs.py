@@ -13,7 +13,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-from s4lib.book.headless import clock
+from s4lib.progress import duration
 
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -178,7 +178,7 @@ def record_box(notebook: dict) -> str:
     profile = facts.get("profile") or run.get("parameters", {}).get("profile", "unknown")
     rows = [("Profile", f"`{profile}`")]
     if run.get("duration"):
-        rows.append(("Duration", clock(run["duration"])))
+        rows.append(("Duration", duration(run["duration"])))
     if run.get("start_time"):
         start = datetime.fromisoformat(run["start_time"])
         rows.append(("Date", f"{start.day} {start:%B %Y}"))
@@ -189,7 +189,7 @@ def record_box(notebook: dict) -> str:
         rows.append(("Device", ", ".join(devices)))
     if trained:
         seconds = sum(float(t.get("seconds") or 0) for t in trained)
-        rows.append(("Runs", f"{len(trained)}, {clock(seconds)} of training"))
+        rows.append(("Runs", f"{len(trained)}, {duration(seconds)} of training"))
     for title, key in (("Seeds", "seed"), ("Label draws", "draw")):
         if values := sorted({t[key] for t in trained if t.get(key) is not None}):
             rows.append((title, ", ".join(map(str, values))))

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..progress import duration
+
 # What a child's environment says where the caller's does not. The warning is tqdm's, which timm's
 # imports set off: it misses a widget that a static page could not show anyway.
 ENVIRONMENT = {
@@ -94,7 +96,7 @@ def _start(job: Job, root: Path) -> Job:
 
 def _finish(job: Job) -> bool:
     """Store what an ended child left: the executed copy, or the partial one if it failed."""
-    took = clock(time.monotonic() - job.started)
+    took = duration(time.monotonic() - job.started)
     if job.process.returncode == 0:
         notebook = json.loads(job.partial.read_text("utf8"))
         notebook["metadata"]["s4"] = job.facts
@@ -183,7 +185,7 @@ def _show(running: list[Job], done: int, total: int) -> None:
     """The live line of a terminal: how many are done, which run and for how long."""
     if sys.stdout.isatty() and running:
         now = time.monotonic()
-        parts = [f"{job.name} {clock(now - job.started)}" for job in running]
+        parts = [f"{job.name} {duration(now - job.started)}" for job in running]
         line = f"  {done}/{total} done, running: {', '.join(parts)}"
         width = shutil.get_terminal_size().columns or 80  # some pseudo-terminals say 0
         print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
@@ -192,13 +194,3 @@ def _show(running: list[Job], done: int, total: int) -> None:
 def say(text: str) -> None:
     """Print a line that stays, above the live line if there is one."""
     print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a person says them: 8 s, 3 min 5 s, 1 h 2 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,6 +1,7 @@
-"""Every figure of the book is one function here, in one style. Each returns the matplotlib figure.
+"""Figures of the book, in one style; each function returns the matplotlib figure.
 
-Colours of methods are fixed (`METHOD_COLORS`), so that a method looks the same in every chapter.
+Those of many systems at once are in `rank_plots`, drawings of methods in `diagrams`. Colours of
+methods are fixed (`METHOD_COLORS`), so that a method looks the same in every chapter.
 """
 
 from __future__ import annotations
@@ -247,23 +248,6 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], *, xlabel: str) ->
     axis.set_yticks(at, list(rows))
     axis.set(xlabel=xlabel)
     axis.grid(axis="y", visible=False)
-    return figure
-
-
-def class_bars(iou: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> Figure:
-    """IoU of every class, one group of bars per class: {method: [% per class]}."""
-    figure, axis = plt.subplots(figsize=(7.2, 3.2))
-    width = 0.8 / len(iou)
-    at = np.arange(len(classes))
-    for i, (name, values) in enumerate(iou.items()):
-        values = [np.nan if v is None else v for v in values]
-        axis.bar(
-            at + (i - (len(iou) - 1) / 2) * width, values, width, color=color_of(name), label=name
-        )
-    axis.set_xticks(at, classes, rotation=30, ha="right")
-    axis.set(ylabel="IoU (%)")
-    axis.grid(axis="x", visible=False)
-    axis.legend(ncols=len(iou), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 

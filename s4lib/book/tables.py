@@ -59,9 +59,8 @@ def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = 
     """mIoU of the deployed network of each group of records, and its paired difference to `base`.
 
     Columns: n runs; mean and sample standard deviation at the last and at the best evaluation;
-        difference at the
-    last one with a 95 % interval over label draws; what that allows to say. A * marks records whose
-    method's file has changed since.
+    difference at the last one with a 95 % interval over label draws; what that allows to say. A *
+    marks records of older code.
     """
     rows = []
     for name, records in results.items():
