@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import re
@@ -145,12 +144,12 @@ def train(arguments: list[str]) -> int:
     from .build import build_method, open_data
     from .progress import Progress
     from .records import score
+    from .runs import torchrun
     from .trainer import fit
 
     if options.gpus > 1 and not distributed.launched():
         build_method(config, len(open_data(config)[0].classes))  # complain before processes start
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
-        command = [sys.executable, "-m", *launcher, "-m", "s4lib", "train", *arguments]
+        command = torchrun(options.gpus, "s4lib", "train", *arguments)
         return subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ})
     bar = None
 
@@ -171,7 +170,7 @@ def train(arguments: list[str]) -> int:
         for name in record["networks"]:
             last, best = score(record, name), score(record, name, "best")
             print(f"{name}: {last:.2f} mIoU at the last evaluation, {best:.2f} at the best")
-        print(f"{Path(options.out) / config.run_id}")
+        print(Path(options.out) / config.run_id)
     distributed.stop()
     return 0
 
@@ -328,13 +327,11 @@ def collect_records(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, help="the .jsonl file to write")
     options = parser.parse_args(arguments)
     from . import records
-    from .run_folder import write_atomically
 
     found = sorted(records.load(*options.places), key=lambda record: record["run_id"])
     if not found:
         raise ValueError(f"{', '.join(options.places)}: no record of a finished run")
-    text = "".join(f"{json.dumps(record)}\n" for record in found)
-    write_atomically(Path(options.out), lambda file: file.write(text.encode()))
+    records.save(found, Path(options.out))
     print(f"{len(found)} records in {options.out}")
     return 0
 

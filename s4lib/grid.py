@@ -10,7 +10,7 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -42,9 +42,11 @@ Runs are all combinations of protocol, override, method, preset and seed. A list
 the union of theirs. Exit code: 0 all recorded, 1 something failed, 3 the budget is spent."""
 AXES = ("protocol", "method", "preset", "seed")
 KEYS = (*AXES, "set", "override")
-# What decides how long an epoch takes, of those options that runs of one method differ in.
-PACE = "dataset size crop unlabeled eval_images eval_every evaluation net net_args method batch "
-PACE = (PACE + "unlabeled_batch accumulate amp augment").split()
+OPTIONS = [f.name for f in fields(Config) if f.name not in AXES]  # of a run, under set or override
+PACE = (  # options that decide how long an epoch takes
+    "dataset size crop unlabeled eval_images eval_every evaluation net net_args method batch "
+    "unlabeled_batch accumulate amp augment"
+).split()
 
 
 def main(arguments: list[str]) -> int:
@@ -224,9 +226,6 @@ def expand(block: dict) -> list[Config]:
     ]
 
 
-OPTIONS = [f.name for f in fields(Config) if f.name not in AXES]
-
-
 def _axis(block: dict, key: str, kind: type, default: Sequence = ()) -> list:
     values = block.get(key, default)
     values = values if isinstance(values, list) else [values]
@@ -288,8 +287,8 @@ def planned(
                 state, done = "to train again", 0
             else:
                 state = f"half done ({100 * done // of} %)" if done else "to train"
+            state += ", running" * folder.busy()
             hours = None if hours is None else hours * (1 - done / of)
-            state += "" if not folder.busy() else ", running"
             total += hours or 0
         counts[state.partition(" (")[0].partition(",")[0]] += 1
         cost = "" if record is not None else "unknown" if hours is None else f"{hours:.2f} h"
@@ -313,18 +312,14 @@ class Estimate:
             if record["device"].startswith("CPU") != cpu or record["world_size"] != processes:
                 continue
             config = Config.from_dict(record["config"])
-            self.same[_setting(config)].append(record["seconds"])
+            self.same[records.setting(config)].append(record["seconds"])
             self.paces[_pace(config)].append(record["seconds"] / config.epochs)
 
     def __call__(self, config: Config) -> float | None:
-        same = self.same.get(_setting(config))
+        same = self.same.get(records.setting(config))
         pace = [s * config.epochs for s in self.paces.get(_pace(config), [])]
         found = same or pace
         return sum(found) / len(found) / 3600 if found else None
-
-
-def _setting(config: Config) -> str:
-    return replace(config, draw=0, seed=0).hash
 
 
 def _pace(config: Config) -> str:

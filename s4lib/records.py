@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from .config import Config
+from .run_folder import write_atomically
 
 HERE = Path(__file__).resolve().parent.parent
 RUNS = Path(
     os.environ.get("S4_RUNS") or (HERE / "runs" if (HERE / "notebooks").is_dir() else "runs")
 )
 COMMITTED = HERE / "book" / "records"
+KIND = ("protocol", "method", "preset")  # records that differ in these are of different settings
 
 
 def load(*places: str | Path) -> list[dict]:
@@ -48,11 +50,22 @@ def load(*places: str | Path) -> list[dict]:
     return list(found.values())
 
 
+def save(records: Iterable[dict], file: Path) -> None:
+    """Write a .jsonl file, whole or not at all. Raises OSError."""
+    text = "".join(f"{json.dumps(record)}\n" for record in records)
+    write_atomically(file, lambda output: output.write(text.encode()))
+
+
+def setting(config: Config) -> str:
+    """A hash that is equal for configs which differ in draw and seed only."""
+    return replace(config, draw=0, seed=0).hash
+
+
 def like(records: Iterable[dict], config: Config) -> list[dict]:
     """The records whose config differs from `config` in draw and seed only; of equals, the last."""
-    setting = lambda c: replace(c, draw=0, seed=0).hash  # noqa: E731
-    wanted = setting(config)
-    found = {r["run_id"]: r for r in records if setting(Config.from_dict(r["config"])) == wanted}
+    kind, wanted = {key: getattr(config, key) for key in KIND}, setting(config)
+    near = (r for r in records if all(r["config"].get(k, v) == v for k, v in kind.items()))
+    found = {r["run_id"]: r for r in near if setting(Config.from_dict(r["config"])) == wanted}
     return sorted(found.values(), key=lambda r: (r["config"]["draw"], r["config"]["seed"]))
 
 
@@ -79,11 +92,9 @@ def commit() -> str:
         changed = git(["git", "status", "--porcelain", "--untracked-files=no"])
     except OSError:
         return ""
-    return (
-        name.stdout.strip() + ("+" if changed.stdout.strip() else "")
-        if name.returncode == 0
-        else ""
-    )
+    if name.returncode:
+        return ""
+    return name.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 def score(record: dict, network: str = "", when: str = "last") -> float:
@@ -147,14 +158,18 @@ def paired(
     Raises:
         ValueError: no draw and seed in common, or more than one record for the same draw and seed.
     """
-    from scipy import stats
-
     sides = [_by_draw(records) for records in (ours, base)]
     common = sorted(sides[0].keys() & sides[1].keys())
     if not common:
         raise ValueError("no label draw and seed that both methods were run with")
-    values = tuple(value(sides[0][key]) - value(sides[1][key]) for key in common)
-    s = summary(values)
+    return difference([value(sides[0][key]) - value(sides[1][key]) for key in common], level)
+
+
+def difference(values: Iterable[float], level: float = 0.95) -> Difference:
+    """Of paired differences, one or more: their mean and its Student-t interval."""
+    from scipy import stats
+
+    s = summary(values := tuple(values))
     half = stats.t.ppf((1 + level) / 2, s.n - 1) * s.std / math.sqrt(s.n) if s.n > 1 else math.nan
     return Difference(s.mean, s.mean - half, s.mean + half, values)
 

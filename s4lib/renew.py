@@ -19,7 +19,6 @@ import torch
 from . import records
 from .build import method_source
 from .config import Config
-from .run_folder import write_atomically
 from .trainer import fit
 
 
@@ -56,8 +55,7 @@ def renew(file: Path, jobs: int = 1, say: Callable[[str], None] = print) -> list
                     "from": record["method_source"],
                 }
                 record["method_source"] = _source(record)
-            text = "".join(f"{json.dumps(record)}\n" for record in found)
-            write_atomically(file, lambda output, text=text: output.write(text.encode()))
+            records.save(found, file)
             say(f"same     {old['run_id']}: {before:.2f} mIoU, renews {len(group)} records")
     return changed
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -45,8 +45,8 @@ def run(
 ) -> list[dict]:
     """Records of `configs`, in their order.
 
-    A run that is recorded is loaded, one that is half done is resumed, the others are trained. A
-    record made by another version of the method's file is trained again.
+    A run that is recorded is loaded, one that is half done is resumed, the others are trained. What
+    older code has recorded is trained again.
 
     Args:
         gpus: processes of each run, each with a GPU where there are any; as many runs at a time as
@@ -96,7 +96,7 @@ def check(configs: Sequence[Config]) -> None:
     built = set()
     for config in configs:
         classes = len(open_data(config)[0].classes)
-        setting = replace(config, draw=0, seed=0).hash
+        setting = records.setting(config)
         if setting not in built:
             build_method(config, classes)
         built.add(setting)
@@ -200,8 +200,9 @@ def work(
                     show(config, 1, 1, "")
                 elif tries[name] > retries:
                     failed.append(config)
-                if record is not None or tries[name] > retries:
-                    del waiting[name]
+                else:
+                    continue
+                del waiting[name]
             if not waiting or time.monotonic() > deadline - patience:
                 break
             idle = [c for name, c in waiting.items() if name not in running]
@@ -309,8 +310,7 @@ class Local:
         self.devices = visible.split(",") if gpus and torch.cuda.is_available() else []
         if self.devices and gpus > len(self.devices):
             raise ValueError(f"gpus_per_node={gpus}: there are {len(self.devices)} here")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self.slots = slots or (len(self.devices) or cores) // max(gpus, 1) or 1
+        self.slots = slots or (len(self.devices) or cores()) // max(gpus, 1) or 1
 
     def start(self, configs: list[Config], running: list[Worker]) -> list[Worker]:
         free = [s for s in range(self.slots) if s not in {child.slot for child in running}]
@@ -338,6 +338,21 @@ class Local:
                 child.process.wait()
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def torchrun(
+    processes: int, module: str, *arguments: str, nodes: Sequence[str] = ("--standalone",)
+) -> list[str]:
+    """The command that runs a module in several processes here; `nodes` as of `launch`."""
+    ranks = [*nodes, f"--nproc_per_node={max(processes, 1)}", "-m", module, *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks]
+
+
 def launch(
     config: Config,
     out: Path,
@@ -354,13 +369,11 @@ def launch(
     """
     folder = RunFolder(out, config)
     folder.path.mkdir(parents=True, exist_ok=True)
-    command = ["s4lib.worker", json.dumps(config.to_dict()), str(out)]
-    if processes > 1 or "--standalone" not in nodes:
-        ranks = f"--nproc_per_node={max(processes, 1)}"
-        command = ["torch.distributed.run", *nodes, ranks, "-m", *command]
+    worker = ["s4lib.worker", json.dumps(config.to_dict()), str(out)]
+    alone = processes <= 1 and "--standalone" in nodes
     with open(folder.output, "a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *worker] if alone else torchrun(processes, *worker, nodes=nodes),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -19,7 +19,7 @@ from ..data.images import Images
 from ..evaluate import _groups
 from ..losses import IGNORE
 from ..perturb import stochastic_depth
-from ..records import Difference, paired
+from ..records import Difference, difference
 from ..schedules import warm_decay
 from ..trained import Trained
 
@@ -231,8 +231,9 @@ def coupling_curves(pairs: Mapping[str, Sequence]) -> dict[str, dict[str, list]]
 
 
 def paired_values(ours: Sequence[float], base: Sequence[float]) -> Difference:
-    """As `records.paired`, for any quantity measured once per label draw, in the same order."""
-    wrap = lambda values: [  # noqa: E731
-        {"config": {"draw": i, "seed": 0}, "value": v} for i, v in enumerate(values)
-    ]
-    return paired(wrap(ours), wrap(base), value=lambda record: record["value"])
+    """As `records.paired`, for any quantity measured once per label draw, in the same order.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    return difference([a - b for a, b in zip(ours, base, strict=True)])

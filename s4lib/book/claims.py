@@ -16,7 +16,6 @@ from ..protocols import protocol
 from . import published
 
 CLAIMS = records.HERE / "book" / "claims.yaml"
-QUICK = ("method", "preset", "method_args")  # looked at first: `records.like` is slow
 WORDS = REPRODUCED, PARTLY, NOT, UNTESTED = "reproduced", "partly", "not", "not tested here"
 
 # What is demanded of records paired by label draw, of mean and 95 % interval ("partly": of the mean
@@ -116,9 +115,8 @@ def _verdict(claim: Claim, found: list[dict], setting: str) -> Verdict:
     (ours, base), pair = claim.runs, []
     for run in claim.runs:
         config = protocol(setting, **run.changes)
-        few = (r for r in found if all(r["config"].get(k) == getattr(config, k) for k in QUICK))
-        same = records.like(few, config)
-        pair.append([{**r, "score": run.score(r)} for r in same if not records.stale(r)])
+        fresh = [r for r in records.like(found, config) if not records.stale(r)]
+        pair.append([{**r, "score": run.score(r)} for r in fresh])
     try:
         d = records.paired(*pair, value=lambda record: record["score"])
     except ValueError:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..interrupts import interruptible
 from ..protocols import PROFILES
+from ..runs import cores
 from .headless import Job, explain, run, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ def build(
 
     Args:
         names: notebooks without `.ipynb`; empty for all of them.
-        profile: one of `s4lib.config.PROFILES`.
+        profile: one of `s4lib.protocols.PROFILES`.
         parameters: values for the notebooks' parameter cells; each goes to those that know it.
         jobs: notebooks at a time; by default one per core, or one where a GPU is expected.
         html: compile `_build/html` afterwards.
@@ -53,10 +54,9 @@ def build(
         return 2
     todo = [job for job in jobs_planned if made_from(job.target) != job.key]
     say(f"profile {profile}: {len(todo)} to run, {len(jobs_planned) - len(todo)} up to date")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         with interruptible():
-            failures = run(todo, jobs or (cores if profile in ("smoke", "quick") else 1), root)
+            failures = run(todo, jobs or (cores() if profile in ("smoke", "quick") else 1), root)
             if failures:
                 print("\n".join(explain(job, root) for job in failures), file=sys.stderr)
                 return 1

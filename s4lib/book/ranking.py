@@ -22,9 +22,7 @@ def gather(
     results = {}
     for name, changes in systems.items():
         config = protocol(setting, **changes)
-        key = lambda c: (c["protocol"], c["method"], c["preset"])  # noqa: E731
-        near = [r for r in found if key(r["config"]) == key(vars(config))]
-        same = sorted(like(near, config), key=lambda r: (not stale(r), r["finished"]))
+        same = sorted(like(found, config), key=lambda r: (not stale(r), r["finished"]))
         by_draw = {c["draw"]: r for r in same if (c := r["config"])["draw"] == c["seed"]}
         results[name] = {d: by_draw[d] for d in draws if d in by_draw}
     return results
