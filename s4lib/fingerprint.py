@@ -63,10 +63,8 @@ def _definitions(module: str) -> dict[str, Definition]:
     found: dict[str, Definition] = {}
     for node in tree.body:
         first = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])])
-        code, reaches = (
-            "".join(lines[first - 1 : node.end_lineno]),
-            _reaches(node, module, imported),
-        )
+        code = "".join(lines[first - 1 : node.end_lineno])
+        reaches = _reaches(node, module, imported)
         for name in _bound(node):  # bound twice, it is both
             before = found.get(name, Definition("", frozenset()))
             found[name] = Definition(before.code + code, before.reaches | reaches)

@@ -176,9 +176,7 @@ class Slurm:
         ids = [worker.job for worker in workers if not worker.ended()]
         if not ids:
             return
-        subprocess.run(
-            ["scancel", *ids], capture_output=True
-        )  # SIGTERM, and KillWait later SIGKILL
+        subprocess.run(["scancel", *ids], capture_output=True)  # SIGTERM; after KillWait SIGKILL
         until = time.monotonic() + patience
         while not all(worker.ended() for worker in workers) and time.monotonic() < until:
             time.sleep(0.5)

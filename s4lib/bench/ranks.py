@@ -25,7 +25,8 @@ import torch.distributed as dist
 from .. import distributed, records
 from ..build import build_method
 from ..config import Config
-from ..run_folder import write_atomically
+from ..runs import cores, torchrun
+from .commands import write
 from .step import CLASSES, prepare
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_single")  # the last: torch's SyncBatchNorm
@@ -117,13 +118,17 @@ def worker(config: str, batches: str, steps: str, out: str) -> None:
     distributed.stop()
 
 
+def mode(row: dict) -> str:
+    """How the processes of a measured row trained."""
+    return ("SyncBN" if row["sync_bn"] else "own BN") if row["together"] else "apart"
+
+
 def launch(config: Config, ranks: int, batches: list[int], steps: int) -> dict:
     """What `ranks` workers found. Raises ValueError if one failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "found.json")
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         given = [json.dumps(config.to_dict()), json.dumps(batches), str(steps), str(file)]
-        command = [sys.executable, "-m", *launcher, "s4lib.bench.ranks", *given]
+        command = torchrun(ranks, "s4lib.bench.ranks", *given)
         if subprocess.call(command, env={"OMP_NUM_THREADS": "1", **os.environ}):
             raise ValueError(f"ranks={ranks}: a process failed, see above")
         return json.loads(file.read_text())
@@ -144,7 +149,7 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     build_method(config, CLASSES)  # complain before processes start
     cuda = distributed.start(config.device).type == "cuda"
     room = {
-        "ranks": torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)),
+        "ranks": torch.cuda.device_count() if cuda else cores(),
         "batches": 64,
         "count": 1000,
     }
@@ -156,16 +161,14 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     for n in ranks:
         found = launch(config, n, batches, count)
         for row in found["rows"]:
-            kind = ("SyncBN" if row["sync_bn"] else "own BN") if row["together"] else "apart"
-            shown = f"{n} x {row['images']} images, {kind}: {row['step_ms']:.1f} ms, of which "
+            shown = f"{n} x {row['images']} images, {mode(row)}: {row['step_ms']:.1f} ms, of which "
             shown += f"{row['average_ms']:.1f} averages; {row['calls']} calls"
             print(f"{shown}, {row['bytes'] / 1e6:.2f} MB", flush=True)
         record["rows"] += found.pop("rows")
         record["links"] |= {str(n): found.pop("link")} if n > 1 else {}
         record |= found
     if out:
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(Path(out), lambda file: file.write(text.encode()))
+        write(Path(out), record)
     return 0
 
 

@@ -89,10 +89,8 @@ def searches(maps: Maps, settings: Mapping[str, dict]) -> dict[tuple[str, int], 
     for name, changes in settings.items():
         for bits in (32, 64):
             step = search(bits, changes)
-            long, flips = (
-                step.flatten(1).double(),
-                flipped(maps, step.float(), [maps.method.student]),
-            )
+            long = step.flatten(1).double()
+            flips = flipped(maps, step.float(), [maps.method.student])
             means = long.norm(dim=1), F.cosine_similarity(long, truth), flips
             found[name, bits] = Search(*(float(mean.mean()) for mean in means))
     return found

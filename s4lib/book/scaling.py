@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..bench.ranks import mode
 from .tables import Table
 
 
@@ -22,11 +23,6 @@ def predicted(
     if ranks == 1:
         return compute
     return compute + calls * latency + 2 * (ranks - 1) / ranks * sent / bandwidth
-
-
-def mode(row: dict) -> str:
-    """How the processes of a measured row trained."""
-    return ("SyncBN" if row["sync_bn"] else "own BN") if row["together"] else "apart"
 
 
 def rate(row: dict) -> float:

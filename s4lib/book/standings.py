@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from ..methods import METHODS
-from ..passes import passes
+from ..passes import Passes, passes
 from ..protocols import protocol
 from ..records import paired, score, stale, summary
 from . import published
@@ -149,14 +149,16 @@ class Standings:
         base = known.get(BASE) or next(iter(ours))
         return published.beside(cells, ours, base, caption)
 
+    def passes(self, name: str) -> Passes:
+        """Of one of its steps."""
+        return passes(self.systems[name]["method"], self.systems[name]["preset"])
+
     def price(self, name: str) -> float:
-        """Encoder passes of a run, supervised-only's = 1; a backward pass counts as two."""
+        """`work` of a run, supervised-only's = 1."""
         both = []
         for each in (name, BASE):
-            count = passes(self.systems[each]["method"], self.systems[each]["preset"])
             record = next(iter(self.results[each].values()))
-            work = count.forward + count.teaching + 2 * count.backward
-            both.append(work * record["steps"] * record["config"]["batch"])
+            both.append(work(self.passes(each)) * record["steps"] * record["config"]["batch"])
         return both[0] / both[1]
 
     def seconds(self, name: str) -> float:
@@ -168,7 +170,7 @@ class Standings:
         rows = []
         for n in names:
             group = list(self.results[n].values())
-            count = passes(self.systems[n]["method"], self.systems[n]["preset"])
+            count = self.passes(n)
             if not group:
                 rows.append([n, "not run", count, *[""] * 4])
                 continue
@@ -179,6 +181,11 @@ class Standings:
         header = ["", "last mIoU", "encoder passes of a step", "times supervised", "images seen"]
         caption = "A late step: warm-ups are cheaper. Of several stages, the last."
         return Table([*header, "seconds", "device"], rows, caption)
+
+
+def work(step: Passes) -> float:
+    """Encoder passes of a step, of which a backward one counts as two."""
+    return step.forward + step.teaching + 2 * step.backward
 
 
 class Order(NamedTuple):

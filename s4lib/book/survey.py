@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..build import network_of
-from ..data.families import build_views
 from ..data.images import Images
 from ..evaluate import evaluated
 from ..flaws import dynamic_targets, flaw_map, flaw_target
@@ -23,13 +22,13 @@ from ..losses import IGNORE
 from ..methods.cct import CCT, KINDS
 from ..methods.gct import GCT
 from ..nets import SegNet
-from ..passes import passes
 from ..records import paired, summary
 from ..trained import Trained
 from . import plots
 from .analysis import Predictions, precision_coverage
 from .published import columns, load
-from .standings import BASE, Standings
+from .self_training import strong
+from .standings import BASE, Standings, work
 from .tables import Table
 
 Rows = dict[str, Tensor]
@@ -79,12 +78,10 @@ def look(model: Trained, images: Images, network: str = "", count: int = 6) -> S
     image, truth = (
         torch.stack([x[..., :h, :w] for x in part]) for part in zip(*pairs, strict=True)
     )
-    views = build_views(model.config, (h, w), network_of(model.method).mean)
-    draws = [[np.random.default_rng([view, i]) for i in range(count)] for view in (0, 1)]
-    strong = tuple(255 * views.strong(image.float() / 255, rngs) for rngs in draws)
+    drawn = tuple(255 * strong(image.float() / 255, model.config, view) for view in (0, 1))
     confidence, label = model.probs(image, network).max(1)
     net = evaluated(model.method)[network] if network else network_of(model.method)
-    said = model.normalise(image), strong, label, confidence, net
+    said = model.normalise(image), drawn, label, confidence, net
     return Scene(image, truth, *said, images.classes, images.colors)
 
 
@@ -173,12 +170,11 @@ def cost(stand: Standings, names: Sequence[str]) -> Table:
     """Passes of a step, counted, whether or not a run is recorded; images and seconds of a run."""
     rows = []
     for name in names:
-        count = passes(stand.systems[name]["method"], stand.systems[name]["preset"])
+        count = stand.passes(name)
         group = list(stand.results[name].values())
         spent = summary(r["seconds"] for r in group) if group else ""
-        work = count.forward + count.teaching + 2 * count.backward
         images = f"{group[0]['images_seen']:,}" if group else ""
-        rows.append([name, *(f"{n:g}" for n in (*count, work)), images, spent])
+        rows.append([name, *(f"{n:g}" for n in (*count, work(count))), images, spent])
     header = ["", "forward", "teaching", "backward", "work", "images seen", "seconds"]
     caption = "Encoder passes of a late step, a backward pass being twice the work; a run."
     return Table(header, rows, caption)
