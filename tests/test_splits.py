@@ -19,7 +19,7 @@ from trees import VOC_SBD, VOC_TRAIN, write_voc
 
 from s4lib.build import open_data
 from s4lib.cli import main
-from s4lib.data import lists, open_dataset
+from s4lib.data import importing, lists, open_dataset
 from s4lib.data.lists import Published
 from s4lib.data.splits import RULES, _rarest_first, split
 from s4lib.trainer import fit
@@ -287,7 +287,7 @@ def test_a_list_is_recognised_in_every_repositorys_layout(tmp_path, small, layou
     dataset, name = LAYOUTS[layout][:2]
     others = {"requirements.txt": "torch==1.7\n", "README.md": "2007_000032\n"}
     source = write_clone(tmp_path / "clone", {**others, **clone(layout)})
-    taken, refused = lists.collect(source, dataset, tmp_path / "into")
+    taken, refused = importing.collect(source, dataset, tmp_path / "into")
     assert list(taken.values()) == [name] and refused == {}
     stored = (tmp_path / "into" / dataset / f"{name}.txt").read_bytes()
     assert stored.decode().split() == sorted(LABELS[dataset][name])
@@ -304,9 +304,9 @@ def test_a_clone_gives_all_its_lists_of_one_dataset(tmp_path, small):
         "splits/pascal/notes.txt": "of 2007_000032 and others\n",
     }
     source = write_clone(tmp_path / "clone", files)
-    taken, refused = lists.collect(source, "voc", tmp_path / "into")
+    taken, refused = importing.collect(source, "voc", tmp_path / "into")
     assert sorted(taken.values()) == ["all", "u2pl-3"] and refused == {}
-    assert list(lists.collect(source, "cityscapes", tmp_path / "into")[0].values()) == ["cps-4"]
+    assert list(importing.collect(source, "cityscapes", tmp_path / "into")[0].values()) == ["cps-4"]
 
 
 ONE, TWO, THREE = LABELS["voc"]["u2pl-3"]
@@ -355,9 +355,9 @@ def test_an_altered_list_is_refused_in_one_line(tmp_path, small, what, capsys):
     ],
 )
 def test_an_unknown_list_is_told_what_was_expected(tmp_path, small, monkeypatch, path, ids, words):
-    monkeypatch.setattr(lists, "NEAR", 0)
+    monkeypatch.setattr(importing, "NEAR", 0)
     source = write_clone(tmp_path / "clone", {path: "\n".join(ids)})
-    _, refused = lists.collect(source, "voc", tmp_path / "into")
+    _, refused = importing.collect(source, "voc", tmp_path / "into")
     assert all(word in refused[path] for word in words), refused
     if "expected" in words:
         assert lists.sha256(ids)[:12] in refused[path] and "cps-3" not in refused[path]
@@ -456,7 +456,7 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
-        monkeypatch.setattr(lists, "URL", f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setattr(importing, "URL", f"http://127.0.0.1:{running.server_port}")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield folder
         running.shutdown()
@@ -481,7 +481,7 @@ def test_lists_are_downloaded_and_checked(small, server, cache, capsys, refused)
 
 
 def test_without_a_connection_the_address_is_named(small, monkeypatch, refused):
-    monkeypatch.setattr(lists, "URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(importing, "URL", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     line = refused("data", "splits", "--dataset", "voc", "--download", "u2pl-3")
     assert "http://127.0.0.1:9/X/u2pl-3.txt" in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..cli import Parser
-from . import DATASETS, lists, open_dataset
+from . import DATASETS, importing, lists, open_dataset
 from .check import check
 from .splits import RULES, split
 
@@ -75,7 +75,9 @@ def splits(arguments: list[str]) -> int:
     dataset, root = options.dataset, options.data_root
     into = Path(options.into) if options.into else lists.folders(dataset, root)[0].parent
     if options.source:
-        taken, refused = lists.collect(Path(options.source), dataset, into, options.allow_unknown)
+        taken, refused = importing.collect(
+            Path(options.source), dataset, into, options.allow_unknown
+        )
         for path, name in taken.items():
             print(f"{name:14} {path}")
         for path, why in refused.items():
@@ -83,7 +85,7 @@ def splits(arguments: list[str]) -> int:
         print(f"{len(set(taken.values()))} lists in {into / dataset}, {len(refused)} refused")
         return 1 if refused else 0
     if options.download is not None:
-        names = lists.download(dataset, options.download, into)
+        names = importing.download(dataset, options.download, into)
         print(f"{len(names)} lists in {into / dataset}")
         return 0
     if options.labeled:
