@@ -116,7 +116,7 @@ _UNIMATCH = {
 # have, thereby train as long as 1/16).
 _VOC_CPS = {662: 32, 1323: 34, 2646: 40, 5291: 60}
 _CITY_CPS = {186: 128, 372: 137, 744: 160, 1488: 240}
-RECIPES: types.MappingProxyType[str, dict[str, dict]] = types.MappingProxyType(
+_RELEASED: types.MappingProxyType[str, dict[str, dict]] = types.MappingProxyType(
     {
         # U2PL@ab3d2be: 4 x (4+4) on VOC, 8 x (2+2) on Cityscapes. Its auxiliary loss on Cityscapes
         # (0.4) is not part of our methods.
@@ -248,14 +248,14 @@ _UNIMATCH_V2 = {
 # GTA-Seg@534f10f is U2PL's program with 4 x (3+3) images; GPS says that it follows CPS; of Dual
 # Teacher on VOC and Cityscapes nothing is released, so that UniMatch's schedule stands in for it,
 # with the network whose size the slides print.
-RECIPES = types.MappingProxyType(
+RECIPES: types.MappingProxyType[str, dict[str, dict]] = types.MappingProxyType(
     {
-        **RECIPES,
+        **_RELEASED,
         "gta_seg": {
-            "voc": {**RECIPES["u2pl"]["voc"], "batch": 12, "unlabeled_batch": 12},
-            "cityscapes": RECIPES["u2pl"]["cityscapes"],
+            "voc": {**_RELEASED["u2pl"]["voc"], "batch": 12, "unlabeled_batch": 12},
+            "cityscapes": _RELEASED["u2pl"]["cityscapes"],
         },
-        "gps": RECIPES["cps"],
+        "gps": _RELEASED["cps"],
         "unimatch_v2": {
             "voc": {
                 **_UNIMATCH_V2,
@@ -279,8 +279,8 @@ RECIPES = types.MappingProxyType(
             },
         },
         "dual_teacher": {
-            "voc": {**RECIPES["unimatch"]["voc"], "net": "mmseg-resnet50", "crop": [513, 513]},
-            "cityscapes": RECIPES["unimatch"]["cityscapes"],
+            "voc": {**_RELEASED["unimatch"]["voc"], "net": "mmseg-resnet50", "crop": [513, 513]},
+            "cityscapes": _RELEASED["unimatch"]["cityscapes"],
         },
     }
 )
@@ -300,11 +300,10 @@ def _published() -> dict[str, dict]:
                 continue
             for recipe in ("", *RECIPES):
                 values = {**RECIPES[recipe or families[family]][dataset]}
-                if isinstance(values["epochs"], dict):
-                    longer = [n for n in values["epochs"] if n >= int(labels)]
-                    values["epochs"] = values["epochs"][min(longer)]
+                if isinstance(epochs := values["epochs"], dict):
+                    values["epochs"] = epochs[min(n for n in epochs if n >= int(labels))]
                 fixed = {"dataset": dataset, "split": known.name, "labeled": int(labels)}
-                name = "-".join([dataset, known.name, *filter(None, [recipe])])
+                name = "-".join(filter(None, [dataset, known.name, recipe]))
                 found[name] = {**fixed, "amp": "bf16", **values}
     return found
 

@@ -222,6 +222,7 @@ def _cells(comparison: Comparison | None) -> list[object]:
 
 
 def _configs(found: Sequence[dict]) -> list[dict]:
+    """Of all records but those of smoke protocols, which train for too short to be compared."""
     return [r["config"] for r in found if "smoke" not in r["config"]["protocol"]]
 
 
