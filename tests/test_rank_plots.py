@@ -32,5 +32,6 @@ def test_costs_join_the_front_and_name_every_point_once_without_overlap():
     assert not left.texts and sorted(t.get_text() for t in right.texts) == sorted(points)
     at = {text.get_text(): text.get_position()[1] for text in right.texts}
     assert at["supervised"] < at["cct"] < at["cps"] < at["gps"]
+    assert min(axis.get_xlim()[0] for axis in figure.axes) > 0.5, "no logarithm of less than zero"
     assert at["gps"] - at["cps"] > 0.1, "a hundredth apart, but both can be read"
     plt.close(figure)

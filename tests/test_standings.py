@@ -61,10 +61,11 @@ def test_table_has_what_ran_and_says_what_did_not(stand):
     assert row(table, "gps")["n"] == "not run" and not row(table, "supervised")["p"]
     cct, cutmix = row(table, "cct"), row(table, "cutmix_seg")
     assert (cct["n"], cct["last mIoU"], cct["best epoch"]) == ("3", "36.0 ± 3.5", "37.0 ± 3.5")
-    assert cct["minus supervised"].startswith("+3.0") and cct["verdict"] == "better"
+    assert cct["minus supervised"].startswith("+3.0") and cct["p"].endswith(" better")
     assert cutmix["n"] == "2" and cutmix["minus supervised"].startswith("+6.0")
-    assert {len(each) for each in (*table.rows, table.header)} == {7}
-    assert len(stand.table(["supervised", "gps"], BASE, "cct").rows[1]) == 10
+    assert cutmix["p"] and not cutmix["p"].endswith("distinguishable")
+    assert {len(each) for each in (*table.rows, table.header)} == {6}
+    assert len(stand.table(["supervised", "gps"], BASE, "cct").rows[1]) == 8
 
 
 def test_stale_records_are_marked(found):
@@ -119,7 +120,9 @@ def test_cost_counts_passes_steps_and_batches(found):
     assert stand.price("supervised, doubled batch") == 2
     assert stand.price("mean_teacher") == pytest.approx(7 / 3), "2 + 1 forward, 2 backward"
     table = stand.cost(["supervised", "mean_teacher"])
-    assert row(table, "mean_teacher")["times supervised"] == "2.3"
+    mean_teacher = row(table, "mean_teacher")
+    assert mean_teacher["times supervised"] == "2.3" and mean_teacher["teaching"] == "1"
+    assert {len(each) for each in (*table.rows, table.header)} == {8} and "CPU" in table.caption
     alone = Standings.of([record("cct", 0, 33.0)], "mosaic-32", draws=(0, 1, 2)).cost(
         ["cct", "gct"]
     )

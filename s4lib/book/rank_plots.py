@@ -47,14 +47,14 @@ def costs(panels: Mapping[str, Mapping[str, tuple[float, float]]], *, ylabel: st
         1, len(panels), figsize=(7.4, 1.4 + 0.2 * len(score)), sharey=True, squeeze=False
     )
     for axis, (xlabel, points) in zip(axes[0], panels.items(), strict=True):
+        axis.set_xscale("log", base=2)  # before limits, which it would read as of a linear one
         right = 1.25 * max(x for x, _ in points.values())
         for name, (x, y) in points.items():
             axis.hlines(y, x, right, color="#8885", linewidth=0.6)
             axis.plot(x, y, "o", color=color_of(name.partition(",")[0]), markersize=5)
         steps = np.array([points[name] for name in front(points)])
         axis.step(*steps.T, where="post", color="#8888", linestyle="--", linewidth=1)
-        axis.set(xlabel=xlabel, xlim=(None, right))
-        axis.set_xscale("log", base=2)
+        axis.set(xlabel=xlabel, xlim=(0.8 * min(x for x, _ in points.values()), right))
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel(ylabel)
     places = np.linspace(0, 1, len(score) + 2)[1:-1]

@@ -32,21 +32,22 @@ def rate(row: dict) -> float:
 
 
 def measured(folder: str | Path) -> Table:
-    """All rows of `bench-ranks-*.json`; blank ones where no GPU has measured."""
-    header = "device, method, network|processes|images of each|mode|ms a step|averages|calls|MB"
+    """All rows of `bench-ranks-*.json`, and one that says so where no GPU has measured."""
+    header = "measured on|processes|images of each|mode|ms a step|averages|calls|MB"
     rows, devices = [], []
     for path in sorted(Path(folder).glob("bench-ranks-*.json")):
         record = json.loads(path.read_text("utf8"))
         devices.append(record["device"])
-        about = "{}, {method}, {net}".format(record["device"], **record["config"])
+        device = "CPU" if record["device"].startswith("CPU") else record["device"]
+        about = "{}, {method}, {net}".format(device, **record["config"])
         for r in record["rows"]:
             share = f"{r['average_ms'] / r['step_ms']:.0%}" if r["together"] else ""
             numbers = [f"{r['step_ms']:.1f}", share, r["calls"], f"{r['bytes'] / 1e6:.2f}"]
             rows.append([about, r["ranks"], r["images"], mode(r), *numbers, f"{rate(r):.0f}"])
     if all(device.startswith("CPU") for device in devices):
-        rows += [["GPU, not measured yet", n, *[""] * 7] for n in (1, 2, 4, 8)]
+        rows.append(["GPU: not measured", *[""] * 8])
     return Table(
-        [*header.split("|"), "images/s"], rows, "Measured. 'averages' is their share of the step."
+        [*header.split("|"), "images/s"], rows, "Measured; averages: their share of the step."
     )
 
 

@@ -70,18 +70,22 @@ class Standings:
         return name + "*" * any(map(stale, self.results[name].values()))
 
     def table(self, names: Sequence[str], *against: str) -> Table:
-        """Mean, deviation, n of each system, and its differences to each of `against`."""
+        """Mean, deviation, n of each system, and its differences to each of `against`.
+
+        The verdict stands beside p where there is one other than "not distinguishable".
+        """
         columns = [compare({n: self.results[n] for n in (*names, b)}, b) for b in against]
         header, rows = ["", "n", "last mIoU", "best epoch"], []
         for name in names:
             if not (group := list(self.results[name].values())):
-                rows.append([name, "not run", "", "", *[""] * 3 * len(against)])
+                rows.append([name, "not run", "", "", *[""] * 2 * len(against)])
                 continue
             sums = [summary(score(r, when=when) for r in group) for when in ("last", "best")]
-            pairs = [cell for column in columns for cell in _cells(column.get(name))]
+            pairs = [cell for column in columns for cell in _brief(column.get(name))]
             rows.append([self.marked(name), len(group), *sums, *pairs])
-        header += [cell for base in against for cell in (f"minus {base}", "p", "verdict")]
-        return Table(header, rows, f"{self.setting}; p is corrected for its column.")
+        header += [cell for base in against for cell in (f"minus {base}", "p")]
+        caption = f"mIoU in % on {self.setting}. p is corrected for its column; where it is below "
+        return Table(header, rows, f"{caption}0.05 the verdict follows, elsewhere there is none.")
 
     def presets(self) -> Table:
         """Each system that is no method's own preset paper, minus that; one family of p values."""
@@ -95,7 +99,8 @@ class Standings:
             level = summary(map(score, self.results[name].values()))
             rows.append([self.marked(name), level.n, level, *_cells(Comparison(difference, p))])
         absent = [n for n in self.systems if n not in METHODS and n not in pairs]
-        caption = f"Not run, or its method's paper preset is not: {'; '.join(absent) or 'none'}."
+        caption = "mIoU in %; p is corrected for all rows together."
+        caption += f" Not run on draws of its method's paper: {'; '.join(absent)}." * bool(absent)
         return Table(["", "n", "last mIoU", "minus paper", "p", "verdict"], rows, caption)
 
     def elsewhere(self, found: Sequence[dict], names: Sequence[str], draws: Sequence[int]) -> Table:
@@ -167,20 +172,21 @@ class Standings:
         return both[0].mean / both[1].mean
 
     def cost(self, names: Sequence[str]) -> Table:
-        rows = []
+        rows, devices = [], set()
         for n in names:
             group = list(self.results[n].values())
-            count = self.passes(n)
+            count = [f"{each:g}" for each in self.passes(n)]
             if not group:
-                rows.append([n, "not run", count, *[""] * 4])
+                rows.append([n, "not run", *count, *[""] * 3])
                 continue
+            devices |= {r["device"] for r in group}
             images, spent = f"{group[0]['images_seen']:,}", summary(r["seconds"] for r in group)
             times = f"{self.price(n):.1f}" if self.results[BASE] else ""
-            row = [self.marked(n), summary(map(score, group)), count, times, images]
-            rows.append([*row, spent, ", ".join(sorted({r["device"] for r in group}))])
-        header = ["", "last mIoU", "encoder passes of a step", "times supervised", "images seen"]
-        caption = "A late step: warm-ups are cheaper. Of several stages, the last."
-        return Table([*header, "seconds", "device"], rows, caption)
+            rows.append([self.marked(n), summary(map(score, group)), *count, times, images, spent])
+        header = ["", "last mIoU", *Passes._fields, "times supervised", "images seen", "seconds"]
+        where = f" Runs on {', '.join(sorted(devices))}." if devices else ""
+        passed = "Encoder passes of a late step (warm-ups are cheaper; of stages, the last)."
+        return Table(header, rows, passed + where)
 
 
 def work(step: Passes) -> float:
@@ -204,7 +210,8 @@ def order_table(orders: Sequence[Order], caption: str = "") -> Table:
         row += [f"{min(o.single):+.2f} to {max(o.single):+.2f}", f"{a.rho:+.2f} ({a.rho_p:.2f})"]
         rows.append([*row, *(o.duels[w] for w in ("better", "worse", "not distinguishable"))])
     header = ["published", "n", "its order", "tau (p)", "in single draws", "rho (p)"]
-    return Table([*header, "confirmed", "contradicted", "open"], rows, caption)
+    words = "Printed pairs: yes, our runs confirm them, no, they contradict, open, neither."
+    return Table([*header, "yes", "no", "open"], rows, f"{caption} {words}".strip())
 
 
 def _chain(values: Mapping[str, float]) -> str:
@@ -219,6 +226,12 @@ def _cells(comparison: Comparison | None) -> list[object]:
         return [""] * 3
     p = "" if math.isnan(comparison.p) else f"{comparison.p:.3f}"
     return [comparison.difference, p, comparison.verdict]
+
+
+def _brief(comparison: Comparison | None) -> list[object]:
+    """`_cells`, with the verdict behind p and only if it says something."""
+    difference, p, verdict = _cells(comparison)
+    return [difference, f"{p} {verdict}" if verdict in ("better", "worse") else p]
 
 
 def _configs(found: Sequence[dict]) -> list[dict]:
