@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
 
 from s4lib import trained
@@ -80,4 +81,14 @@ def test_stacked_bars_end_at_the_sum_of_their_parts():
     assert [bar.get_x() + bar.get_width() for bar in bars] == [2.0, 3.0, 6.0, 4.0]
     assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[2].get_facecolor()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "rest"]
+    plt.close(figure)
+
+
+def test_paired_names_every_draw_once_and_no_two_on_top_of_each_other():
+    scores = {"supervised": {0: 30.0, 1: 35.0, 2: 40.0}, "gps": {0: 36.0, 1: 36.01, 2: 30.0}}
+    figure = plots.paired(scores)
+    (axis,) = figure.axes
+    at = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert at["draw 1"] - at["draw 0"] > 0.3 and at["draw 0"] == pytest.approx(36, abs=0.5)
+    assert at["draw 2"] == pytest.approx(30), "far from the others, so beside its point"
     plt.close(figure)

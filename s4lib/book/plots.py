@@ -6,7 +6,7 @@ methods are fixed (`METHOD_COLORS`), so that a method looks the same in every ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -222,19 +222,25 @@ def paired(scores: Mapping[str, Mapping[int, float]], *, ylabel: str = "mIoU (%)
     for draw in draws:
         values = [scores[name][draw] for name in names]
         axis.plot(names, values, color="#8888", linewidth=1)
-        axis.annotate(
-            f"draw {draw}",
-            (len(names) - 1, values[-1]),
-            (6, 0),
-            textcoords="offset points",
-            fontsize=7,
-        )
+    ends = {draw: scores[names[-1]][draw] for draw in draws}
+    line = 0.05 * np.diff(axis.get_ylim()).item()  # of text, in points
+    for draw, place in zip(sorted(ends, key=ends.get), _apart(ends.values(), line), strict=True):
+        axis.text(len(names) - 0.73, place, f"draw {draw}", fontsize=8, va="center")
     for i, name in enumerate(names):
         values = [scores[name][draw] for draw in draws]
         axis.scatter([i] * len(values), values, color=color_of(name), zorder=3, s=28)
         axis.hlines(np.mean(values), i - 0.22, i + 0.22, color=color_of(name), linewidth=3)
-    axis.set(ylabel=ylabel, xlim=(-0.4, len(names) - 0.45))
+    axis.set(ylabel=ylabel, xlim=(-0.4, len(names) - 0.3))
     return figure
+
+
+def _apart(values: Iterable[float], gap: float) -> np.ndarray:
+    """The values, sorted, and moved as little as it takes to lie at least `gap` apart."""
+    from scipy.optimize import isotonic_regression
+
+    wanted = np.sort(np.fromiter(values, float))
+    rungs = gap * np.arange(len(wanted))
+    return isotonic_regression(wanted - rungs).x + rungs
 
 
 def intervals(rows: Mapping[str, tuple[float, float, float]], *, xlabel: str) -> Figure:
@@ -334,7 +340,8 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], *, xlabel: str) -
             )
         axis.set(title=title, yticks=[])
     figure.supxlabel(xlabel, fontsize=9)
-    axes[0][-1].legend()
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=len(names[1]))
     return figure
 
 
