@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from s4lib import build
 from s4lib.config import Config
 from s4lib.data.camvid import CamVid
 from s4lib.data.mosaic import Mosaic
@@ -74,6 +77,30 @@ def read_once(images: Mosaic, index: int) -> tuple[np.ndarray, np.ndarray]:
     return DRAWN[key]
 
 
+@pytest.fixture(autouse=True)
+def networks_built_once(monkeypatch):
+    """Build each tiny network once per test process; later ones are copies of it."""
+    monkeypatch.setattr(build, "build_net", build_once)
+
+
+BUILT: dict[tuple, tuple[nn.Module, torch.Tensor]] = {}
+BUILD = build.build_net
+
+
+def build_once(name: str, classes: int, *, weights: str | None = None, **changes) -> nn.Module:
+    """The weights, and what is left of the generator, that building it would give."""
+    if name != "tiny" or weights:
+        return BUILD(name, classes, weights=weights, **changes)
+    before = torch.get_rng_state()
+    key = classes, repr(sorted(changes.items())), before.numpy().tobytes()
+    if key not in BUILT:
+        net = BUILD(name, classes, **changes)
+        BUILT[key] = net, torch.get_rng_state()
+    net, after = BUILT[key]
+    torch.set_rng_state(after)
+    return copy.deepcopy(net)
+
+
 @pytest.fixture
 def shared():
     """The folder of reference data beside the checkout; tests that need it are skipped without."""
@@ -104,6 +131,45 @@ def golden(shared):
     return load
 
 
+# Tolerances of the golden arrays' README, of losses and of gradients.
+LOSS = {"rtol": 1e-5, "atol": 1e-6}
+GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
+
+
+class Pixelwise(nn.Module):
+    """A SegNet of 1 x 1 convolutions: what it says of a pixel depends on that pixel alone."""
+
+    mean = std = (0.5, 0.5, 0.5)
+    align_corners = False
+
+    def __init__(self, classes: int = 2, **changes):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 3, 1), nn.Identity()
+        self.classifier = nn.Conv2d(3, classes, 1)
+        self.changes = changes
+
+    def encode(self, image):
+        return (self.encoder(image),)
+
+    def fuse(self, features):
+        return self.decoder(*features)
+
+    def classify(self, fused, size):
+        return self.classifier(fused)
+
+    def forward(self, image):
+        return self.classify(self.fuse(self.encode(image)), image.shape[-2:])
+
+
+def assert_refused(words: list[str], call, *arguments: object, **options: object) -> None:
+    """The call raises a ValueError of one line that has all the words."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **options)
+    said = str(error.value)
+    assert "\n" not in said
+    assert all(word in said for word in words), said
+
+
 def equal(a: object, b: object) -> bool:
     """Bit-equality of nested containers of tensors."""
     if isinstance(a, torch.Tensor):
@@ -113,6 +179,11 @@ def equal(a: object, b: object) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def weights(net: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy that later steps leave alone."""
+    return {key: value.clone() for key, value in net.state_dict().items()}
 
 
 def write_camvid(root: Path, *, ending: str = ".png", prefix: str = "", count: int = 6) -> Path:

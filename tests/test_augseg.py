@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal
+from conftest import LOSS, equal
 from torch import nn
 
 from s4lib.build import build_method
@@ -16,8 +16,6 @@ from s4lib.method import Batch, Clock, ema, frozen_copy
 from s4lib.methods import augseg
 from s4lib.methods.augseg import AugSeg
 from s4lib.mixing import Injection, Mix, boxes_beta, cutmix_beta, cutmix_inject, paste
-
-LOSS = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import equal, tiny_config
+from conftest import GRADIENT, LOSS, Pixelwise, equal, tiny_config
 from torch import nn
 
 from s4lib import guided
@@ -26,9 +26,6 @@ from s4lib.losses import IGNORE, abce, ce, js, kl, mse
 from s4lib.method import Batch, Clock
 from s4lib.methods import cct
 from s4lib.methods.cct import CCT, annealed
-
-LOSS = {"rtol": 1e-5, "atol": 1e-6}  # tolerances of the arrays' README
-GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
 
 # Losses
 
@@ -257,26 +254,6 @@ def test_boxes_are_those_of_cct():
 
 
 # The method
-
-
-class Pixelwise(nn.Module):
-    """A SegNet of 1 x 1 convolutions with two classes."""
-
-    def __init__(self, **changes):
-        super().__init__()
-        self.encoder, self.classifier = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
-
-    def encode(self, image):
-        return (self.encoder(image),)
-
-    def fuse(self, features):
-        return features[0]
-
-    def classify(self, fused, size):
-        return self.classifier(fused)
-
-    def forward(self, image):
-        return self.classify(self.fuse(self.encode(image)), image.shape[-2:])
 
 
 def batch_of(size: int = 2, side: int = 8) -> Batch:

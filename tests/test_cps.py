@@ -7,6 +7,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from conftest import GRADIENT, LOSS
 from torch import nn
 
 from s4lib.build import build_method
@@ -17,8 +18,6 @@ from s4lib.methods.cps import CPS, cross
 from s4lib.methods.n_cps import NCPS, ensemble, sure_label
 from s4lib.mixing import Mix, paste
 
-LOSS = {"rtol": 1e-5, "atol": 1e-6}
-GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
 START = Clock(0, 1, 1)
 HOW = ["single", "max_confidence", "max_confidence_softmax", "soft_voting", "hard_voting"]
 

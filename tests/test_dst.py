@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import equal
+from conftest import GRADIENT, LOSS, equal
 
 from s4lib.build import build_method
 from s4lib.losses import ce, pseudo_label
 from s4lib.method import Batch, Clock
 from s4lib.methods.dst import DST, reversal, reverse, worst_case
 
-LOSS = {"rtol": 1e-5, "atol": 1e-6}
 ON = Clock(1, 1, 4)  # a step after the warm-up
 
 
@@ -34,7 +33,7 @@ def test_the_worst_case_is_that_of_the_released_code(golden, eta):
         loss.backward()
         for ours, name in ((worst, "y_l_adv"), (worst_u, "y_u_adv")):
             wanted = g[f"grad_{name}_eta2"]
-            torch.testing.assert_close(ours.grad, wanted, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(ours.grad, wanted, **GRADIENT)
 
 
 def test_self_training_counts_sure_samples_and_averages_over_all(golden):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import GRADIENT, LOSS
 from torch import Tensor, nn
 from torch.distributions import Beta
 
@@ -22,9 +23,6 @@ from s4lib.mixing import (
     paint,
 )
 from s4lib.schedules import cosine, linear_warmup, poly, ramp_up, warm_decay
-
-LOSS = {"rtol": 1e-5, "atol": 1e-6}  # tolerances of the arrays' README
-GRADIENT = {"rtol": 1e-4, "atol": 1e-7}
 
 
 @pytest.fixture
@@ -184,7 +182,7 @@ def test_decay_warm_up_is_that_of_u2pl_and_gta_seg(golden, name):
             after != g["before"] if name.startswith("gta") else torch.ones_like(after, dtype=bool)
         )
         assert moved.float().mean() > 0.5  # GTA-Seg leaves its classifier alone
-        torch.testing.assert_close(target[0].detach()[moved], after[moved], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(target[0].detach()[moved], after[moved], **LOSS)
 
 
 def test_a_restarting_counter_copies_the_student_as_dual_teacher_does(golden):

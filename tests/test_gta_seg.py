@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal
+from conftest import GRADIENT, LOSS, equal
 from torch import nn
 
 from s4lib.build import build_method
@@ -19,7 +19,6 @@ from s4lib.methods.gta_seg import GTASeg
 from s4lib.minimizer import Minimizer
 
 CPU = torch.device("cpu")
-LOSS = {"rtol": 1e-5, "atol": 1e-6}
 CODE = GTASeg.presets["code"]
 SEMI = Clock(1, 1, 4)  # a step after the warm-up
 
@@ -231,7 +230,7 @@ def test_the_loss_is_that_of_the_released_code(golden, which, percent):
         torch.testing.assert_close(loss(*how).detach(), wanted[name], **LOSS)
     if percent == 80:
         loss("laplace", "all").backward()
-        torch.testing.assert_close(predict.grad, wanted["grad"], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(predict.grad, wanted["grad"], **GRADIENT)
 
 
 class Parts(nn.Module):
@@ -266,7 +265,7 @@ def test_the_students_ema_is_that_of_the_released_code(golden):
         method.step(batch, Clock(3 + k, 3, 10_000), lambda loss, *nets: True)  # warm-up: 3 steps
         pairs = zip(method.student.parameters(), wanted.parameters(), strict=True)
         for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, **LOSS)
 
 
 # Both algorithms, naively: no BN, no CutMix, three networks of three layers, in float64.

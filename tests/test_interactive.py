@@ -159,4 +159,4 @@ def test_a_page_gives_it_its_number_and_caption():
     first, second = pages.figure_apart({**cell, "outputs": [said, shown]})
     assert first["outputs"] == [said] and not first["metadata"]
     assert second["outputs"] == [shown] and second["metadata"]["mystnb"] == figure["mystnb"]
-    assert pages.scrub(shown, "/root/s4book", "/root", "box-17") == shown
+    assert pages.scrub(shown, "/home/reader/s4book", "/home/reader", "box-17") == shown

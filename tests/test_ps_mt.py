@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import equal
+from conftest import GRADIENT, LOSS, Pixelwise, equal, weights
 from torch import nn
 
 from s4lib.build import build_method
@@ -18,32 +18,13 @@ from s4lib.methods.ps_mt import PSMT, ensemble
 from s4lib.trainer import fit
 
 
-class Pixelwise(nn.Module):
-    """A SegNet of 1 x 1 convolutions; by default it gives its first channel as first logit."""
-
-    def __init__(self, classes: int = 2, drawn: bool = False, **changes):
-        super().__init__()
-        self.encoder = nn.Conv2d(3, 3, 1)
-        self.classifier = nn.Conv2d(3, classes, 1)
-        self.changes = changes
-        if not drawn:
-            for conv in (self.encoder, self.classifier):
-                nn.init.zeros_(conv.weight)
-                nn.init.zeros_(conv.bias)
-            for i in range(3):
-                self.encoder.weight.data[i, i] = 1
-
-    def encode(self, image):
-        return (self.encoder(image),)
-
-    def fuse(self, features):
-        return features[0]
-
-    def classify(self, fused, size):
-        return self.classifier(fused)
-
-    def forward(self, image):
-        return self.classify(self.fuse(self.encode(image)), image.shape[-2:])
+def blank(**changes) -> Pixelwise:
+    """Its features are the image, its logits zero."""
+    net = Pixelwise(**changes)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    net.encoder.weight.data[:, :, 0, 0] = torch.eye(3)
+    return net
 
 
 def batch_of(weak: torch.Tensor, classes: int = 2) -> Batch:
@@ -86,16 +67,12 @@ def method(tiny):
     return build
 
 
-def weights(net: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in net.state_dict().items()}
-
-
 # What the paper says
 
 
 def hand_made(**arguments) -> PSMT:
     """Logits of the teachers ln 3 and 3 ln 3 times the first channel, of the student zero."""
-    method = PSMT(Pixelwise, cutmix=False, **arguments).train()
+    method = PSMT(blank, cutmix=False, **arguments).train()
     for net, factor in zip(method.teachers, (1, 3), strict=True):
         net.classifier.weight.data[0, 0] = factor * math.log(3)
     return method
@@ -138,12 +115,12 @@ def test_conf_ce_is_that_of_ps_mt(golden):
 
     for case in ("mix", "none"):
         loss, grad, passed = conf_ce(case, float(g["threshold"]))
-        torch.testing.assert_close(loss, g[f"{case}_loss"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(grad, g[f"{case}_grad"], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(loss, g[f"{case}_loss"], **LOSS)
+        torch.testing.assert_close(grad, g[f"{case}_grad"], **GRADIENT)
         assert passed == g[f"{case}_n_pass"]
     for percent in ("00", "60", "90"):
         loss, _, _ = conf_ce("sweep", int(percent) / 100)
-        torch.testing.assert_close(loss, g[f"sweep_loss_{percent}"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, g[f"sweep_loss_{percent}"], **LOSS)
 
 
 def test_eq_ensemble_is_the_mean_of_logits():
@@ -304,7 +281,7 @@ def test_trained_teachers_label_in_evaluation_mode_if_told_to(method):
 
 def drawn(**arguments) -> PSMT:
     torch.manual_seed(0)
-    return PSMT(lambda **_: Pixelwise(drawn=True), threshold=0.0, **arguments).train()
+    return PSMT(lambda **_: Pixelwise(), threshold=0.0, **arguments).train()
 
 
 @pytest.mark.parametrize(

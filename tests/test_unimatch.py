@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal
+from conftest import LOSS, equal
 from torch import nn
 
 from s4lib.build import build_method
@@ -17,7 +17,6 @@ from s4lib.methods.unimatch_v2 import UniMatchV2
 from s4lib.mixing import Mix, paste
 from s4lib.perturb import complementary_dropout
 
-LOSS = {"rtol": 1e-5, "atol": 1e-6}
 CLASSES = 3
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GRADIENT, LOSS
 from torch import nn
 
 from s4lib.build import build_method
@@ -226,8 +227,8 @@ def test_a_step_of_classmix_has_the_losses_of_its_authors(golden, monkeypatch, u
         "pixel": g["loss_u_threshold"],
         "none": plain,
     }[unsure]
-    torch.testing.assert_close(losses["unsup"], wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses["kept"], g["uniform_weight"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses["unsup"], wanted, **LOSS)
+    torch.testing.assert_close(losses["kept"], g["uniform_weight"], **LOSS)
     assert 0 < g["uniform_weight"] < 1
 
 
@@ -365,10 +366,10 @@ def test_the_per_pixel_variant_of_french_et_al(golden):
     keep = (g["valid_mask"][:, 0] > 0) & (probs.amax(1) >= g["conf_thresh"])
     share = keep.float().mean()
     squared = mse(logits, probs, valid=keep, classes="sum") * share
-    torch.testing.assert_close(squared.detach(), g["var_perpixel_conf_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squared.detach(), g["var_perpixel_conf_loss"], **LOSS)
     squared.backward()
     gradient = g["var_perpixel_conf_grad"]
-    torch.testing.assert_close(logits.grad, gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(logits.grad, gradient, **GRADIENT)
     entropy = soft_ce(g["teacher_logits"], probs, keep=keep)
     divergence = (soft_ce(logits.detach(), probs, keep=keep) - entropy) * share
     torch.testing.assert_close(divergence, g["kld_perpixel_loss"], rtol=1e-4, atol=1e-6)
