@@ -236,7 +236,7 @@ def test_a_table_shows_lost_cells_and_lists_its_notes():
 
 def test_a_table_has_columns_for_what_differs_and_blanks_for_what_is_not_printed():
     table = pivot(load("zhao2023", "logs, VOC augmented"))
-    assert table.header == ["method", "split_family", "662"]
+    assert table.header == ["method", "lists", "662"]
     assert [row[1] for row in table.rows] == ["cps", "u2pl"]
     table = pivot(load("yang2025", "README, VOC") + load("than2025"))
     assert table.header[:2] == ["method", "network"]

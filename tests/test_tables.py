@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from test_records import BASE, OURS, record
 
 from s4lib.book import tables
+from s4lib.protocols import protocol
 
 
 def test_claims_name_only_what_the_interval_allows():
@@ -35,3 +38,22 @@ def test_rounded_shortens_floats_and_nothing_else():
     table = tables.rounded(["", "n", "x"], [["a", 12345, 30.3799], ["b", 1, 1.0534e-5]], "Two.")
     assert table.rows == [["a", 12345, "30.4"], ["b", 1, "1.05e-05"]] and table.caption == "Two."
     assert tables.rounded([""], [[0.125]], digits=1).rows == [["0.1"]]
+
+
+def test_changes_says_which_settings_have_no_record():
+    one = protocol("mosaic-32")
+    configs = {"run": replace(one, epochs=2), "other": replace(one, epochs=3)}
+    known = [
+        record(45.0 + d, d) | {"config": replace(configs["run"], draw=d, seed=d).to_dict()}
+        for d in range(3)
+    ]
+    base = [record(40.0, d, d) for d in range(3)]
+    table = tables.changes({"base": base}, known, configs, "One at a time.")
+    assert [row[0] for row in table.rows] == ["base", "run", "other"]
+    assert str(table.rows[1][4]) == "+6.0 [+3.5, +8.5]" and table.rows[2][5] == "not run"
+
+
+def test_words_may_break_over_lines_and_numbers_may_not():
+    text = tables.Table(["", "x"], [["a", "no match"], ["b", "1.0 [2]"]], "What.")._repr_html_()
+    assert 'class="s4-words" style="text-align:right">no match' in text
+    assert '<td style="text-align:right">1.0 [2]' in text and "<span>What.</span>" in text

@@ -29,6 +29,7 @@ STYLES = {
     "ema": ("moving average", "#4a77c4", "--"),
 }
 INCHES = np.array([1.6, 0.95])  # of one unit to the right, and upwards
+PAGE = 6.4  # inches of a text column: wider figures are shrunk, and have larger letters for it
 
 
 def _read(text: str, form: str) -> list[list[str]]:
@@ -72,13 +73,17 @@ def flow(
     """
     places = np.array([node[:2] for node in nodes.values()])
     low, high = places.min(0) - 0.5, places.max(0) + 0.5
-    figure = plt.figure(figsize=(high - low) * INCHES, layout="none")
+    width, height = (high - low) * INCHES
+    figure, larger = (
+        plt.figure(figsize=(width, height), layout="none"),
+        np.clip(width / PAGE, 1, 1.4),
+    )
     axis = figure.add_axes((0, 0, 1, 1), xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axis.set_axis_off()
     drawn, middle = {}, {"ha": "center", "va": "center"}
     for name, (x, y, text, kind) in nodes.items():
         look = KINDS[one_of("kind", kind, *KINDS)]
-        drawn[name] = axis.text(x, y, text, fontsize=9, bbox=look, zorder=2, **middle)
+        drawn[name] = axis.text(x, y, text, fontsize=9 * larger, bbox=look, zorder=2, **middle)
     pairs = [frozenset(edge[:2]) for edge in edges]
     for i, (start, end, text, style) in enumerate(edges):
         _, color, line = STYLES[one_of("style", style, *STYLES)]
@@ -96,11 +101,12 @@ def flow(
         dx, dy = (b - a) * INCHES
         x, y = (a + b) / 2 + bend / 2 * np.array([dy, -dx]) / INCHES
         white = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-        axis.text(x, y, text, fontsize=8, color=color, bbox=white, zorder=4, **middle)
+        axis.text(x, y, text, fontsize=8 * larger, color=color, bbox=white, zorder=4, **middle)
     used = [STYLES[s] for s in STYLES if s in {edge[3] for edge in edges}]
     if len(used) > 1:
         lines = [Line2D([], [], color=c, linestyle=s, label=name) for name, c, s in used]
-        axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines))
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": len(lines)}
+        axis.legend(handles=lines, fontsize=8 * larger, **place)
     return figure
 
 

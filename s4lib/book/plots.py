@@ -103,6 +103,7 @@ def grid(
     width = height * first.shape[1] / first.shape[0]
     legend = 0.5 if len(classes) else 0
     size = (columns * width + 1.1, len(rows) * height + legend)
+    larger = min(max(1, size[0] / 6.4), 1.4)  # a wide figure is shrunk to the text column
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -112,17 +113,16 @@ def grid(
             heat = picture.ndim == 2
             shades = {"cmap": "viridis", "vmin": 0, "vmax": 1} if heat else {}
             axis.imshow(np.asarray(picture), **shades)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9 * larger)
     for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8 * larger)
     if len(classes):
         patches = [
             Patch(color=np.array(c) / 255, label=name)
             for name, c in zip(classes, colors, strict=True)
         ]
-        figure.legend(
-            handles=patches, loc="outside lower center", ncols=min(len(classes), 6), fontsize=8
-        )
+        about = {"ncols": min(len(classes), 6), "fontsize": 8 * larger}
+        figure.legend(handles=patches, loc="outside lower center", **about)
     return figure
 
 
@@ -186,11 +186,13 @@ def panels(
 
     The axes of those in `log` are logarithmic.
     """
-    figure, axes = plt.subplots(1, len(quantities), figsize=(3 * len(quantities), 3), squeeze=False)
+    n = len(quantities)
+    width = n * (3 if n < 3 else 2.4)  # a wider figure would be shrunk to the text column
+    figure, axes = plt.subplots(1, n, figsize=(width, 3), squeeze=False)
     for axis, (ylabel, lines) in zip(axes[0], quantities.items(), strict=True):
         _draw(axis, lines, palette)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
-        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
     names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=min(len(names[1]), 5))
     return figure

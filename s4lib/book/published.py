@@ -128,7 +128,8 @@ def pivot(cells: Sequence[Cell], caption: str = "") -> Noted:
             notes += [note] if note not in notes else []
             row[c.labels] += f" [{notes.index(note) + 1}]"
     body = [[*key, *(row.get(n, "") for n in labels)] for key, row in rows.items()]
-    return Noted([*shown, *labels], body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
+    header = [*("lists" if k == "split_family" else k for k in shown), *labels]
+    return Noted(header, body, caption, [f"[{i}] {n}" for i, n in enumerate(notes, 1)])
 
 
 def remarks(cells: Sequence[Cell]) -> str:
@@ -211,7 +212,7 @@ def beside(
     for row in table.rows:
         value, mine = printed[row[0]], ours.get(row[0], {})
         known = row[0] != base and value and printed[base]
-        gap = f"{float(value) - float(printed[base]):+.2f}" if known else ""
+        gap = f"{float(value) - float(printed[base]):+z.2f}" if known else ""
         both = sorted(mine.keys() & ours.get(base, {}).keys()) if row[0] != base else []
         pair = [[side[i] for i in both] for side in (mine, ours.get(base, {}))]
         level = summary(mine.values()) if mine else ""

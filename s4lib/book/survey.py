@@ -29,7 +29,7 @@ from .analysis import Predictions, precision_coverage
 from .published import columns, load
 from .self_training import strong
 from .standings import BASE, Standings, work
-from .tables import Table
+from .tables import CLOCK, Table
 
 Rows = dict[str, Tensor]
 
@@ -177,4 +177,4 @@ def cost(stand: Standings, names: Sequence[str]) -> Table:
         rows.append([name, *(f"{n:g}" for n in (*count, work(count))), images, spent])
     header = ["", "forward", "teaching", "backward", "work", "images seen", "seconds"]
     caption = "Encoder passes of a late step, a backward pass being twice the work; a run."
-    return Table(header, rows, caption)
+    return Table(header, rows, f"{caption} {CLOCK}")

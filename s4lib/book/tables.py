@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import html
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..records import paired, score, stale, summary
+from ..config import Config
+from ..records import like, paired, score, stale, summary
 from .analysis import paired_values
+
+CLOCK = "Seconds are by the clock, with whatever else the machine did in them."
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Table:
     caption: str = ""
 
     def _repr_html_(self) -> str:
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption><span>{html.escape(self.caption)}</span></caption>"
+        caption = caption if self.caption else ""
         head, body = _line("th", self.header), "".join(_line("td", row) for row in self.rows)
         table = f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
         return f'<div class="s4-table" style="overflow-x:auto">{table}</div>'
@@ -40,10 +45,12 @@ class Table:
 
 
 def _line(tag: str, values: Sequence[object]) -> str:
-    cells = (
-        f'<{tag} style="text-align:{"right" if i else "left"}">{html.escape(str(value))}</{tag}>'
-        for i, value in enumerate(values)
-    )
+    """A row; a cell of words may take several lines, one of numbers stays on its line."""
+    cells = []
+    for i, value in enumerate(map(str, values)):
+        words = ' class="s4-words"' if re.search("[A-Za-z]{2}", value) else ""
+        side = "right" if i else "left"
+        cells.append(f'<{tag}{words} style="text-align:{side}">{html.escape(value)}</{tag}>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -101,14 +108,32 @@ def differences(
     return Table(["", "", "mean", f"minus {base}", "verdict"], rows, caption)
 
 
+def changes(
+    base: Mapping[str, Sequence[dict]],
+    known: Sequence[dict],
+    configs: Mapping[str, Config],
+    caption: str = "",
+) -> Table:
+    """`comparison` of one group, {name: records}, with what `known` has of other configs.
+
+    A config without any record has an empty row that says so.
+    """
+    found = {name: group for name, config in configs.items() if (group := like(known, config))}
+    table = comparison({**base, **found}, next(iter(base)), caption)
+    lines = dict(zip([*base, *found], table.rows, strict=True))
+    rows = [lines.get(name, [name, *[""] * 4, "not run"]) for name in [*base, *configs]]
+    return Table(table.header, rows, caption)
+
+
 def cost(results: Mapping[str, Sequence[dict]]) -> Table:
-    """What a run of each group of records cost: seconds over runs, steps, images seen, device."""
+    """What a run of each group of records cost: seconds, steps, images seen, device."""
     rows = []
     for name, group in results.items():
         seconds = summary(record["seconds"] for record in group)
         one = group[0]
         rows.append([name, seconds, one["steps"], f"{one['images_seen']:,}", one["device"]])
-    return Table(["", "seconds", "steps", "images seen", "device"], rows, "What a run cost.")
+    caption = f"What a run cost. {CLOCK}"
+    return Table(["", "seconds", "steps", "images seen", "device"], rows, caption)
 
 
 def beside(results: Mapping[str, dict], committed: Sequence[dict]) -> Table:
