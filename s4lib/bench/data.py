@@ -81,9 +81,8 @@ def main(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> int:
     if out:
         what = {"dataset": config.dataset, "augment": config.augment, "strong_views": views}
         row = {**what, "crop": [high, wide], **asdict(times)}
-        write(
-            Path(out), {"kind": "data", "rows": [row], **records.surroundings(torch.device("cpu"))}
-        )
+        where = {**records.surroundings(torch.device("cpu")), "device": "CPU, 1 thread(s)"}
+        write(Path(out), {"kind": "data", "rows": [row], **where})
     return 0
 
 
