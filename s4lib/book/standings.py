@@ -207,7 +207,7 @@ def order_table(orders: Sequence[Order], caption: str = "") -> Table:
     for o in orders:
         a, where = o.agreement, f"{o.place[0]}, {o.place[1]}, {o.place[-1]} labels"
         row = [where, a.n, _chain(o.printed), f"{a.tau:+.2f} ({a.tau_p:.2f})"]
-        row += [f"{min(o.single):+.2f} to {max(o.single):+.2f}", f"{a.rho:+.2f} ({a.rho_p:.2f})"]
+        row += [f"[{min(o.single):+.2f}, {max(o.single):+.2f}]", f"{a.rho:+.2f} ({a.rho_p:.2f})"]
         rows.append([*row, *(o.duels[w] for w in ("better", "worse", "not distinguishable"))])
     header = ["published", "n", "its order", "tau (p)", "in single draws", "rho (p)"]
     words = "Printed pairs: yes, our runs confirm them, no, they contradict, open, neither."
@@ -224,7 +224,7 @@ def _chain(values: Mapping[str, float]) -> str:
 def _cells(comparison: Comparison | None) -> list[object]:
     if comparison is None:
         return [""] * 3
-    p = "" if math.isnan(comparison.p) else f"{comparison.p:.3f}"
+    p = "" if math.isnan(comparison.p) else f"{comparison.p:.2g}"
     return [comparison.difference, p, comparison.verdict]
 
 
