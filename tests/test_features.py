@@ -126,6 +126,19 @@ def test_a_cloud_is_an_exact_picture_of_what_lies_in_a_plane():
     assert moved.any() and not moved[label == 0].any()  # all were moved towards class 0
 
 
+def test_tsne_keeps_neighbours_and_parts_what_is_far():
+    torch.manual_seed(0)
+    group = torch.arange(3).repeat_interleave(30)
+    points = 20 * torch.eye(3, 8)[group] + torch.randn(90, 8)
+    plane = features.tsne(points - points.mean(0), perplexity=10)
+    nearest = torch.cdist(plane, plane).fill_diagonal_(torch.inf).argmin(1)
+    assert plane.shape == (90, 2) and plane.isfinite().all()
+    assert (group[nearest] == group).all()
+    inside = max(plane[group == k].std(0).norm() for k in range(3))
+    centres = torch.stack([plane[group == k].mean(0) for k in range(3)])
+    assert torch.pdist(centres).min() > 3 * inside
+
+
 def test_maps_of_a_trained_run_are_what_its_student_reads(tiny, tmp_path):
     config = tiny(method="ps_mt", epochs=1)
     fit(config, out=tmp_path)
@@ -138,4 +151,8 @@ def test_maps_of_a_trained_run_are_what_its_student_reads(tiny, tmp_path):
     torch.testing.assert_close(logits, expected)
     assert torch.equal(maps.truth[1], images[3][1]) and torch.equal(maps.picture[1], images[3][0])
     panels, share = features.cloud(maps, features.steps(maps), classes=3, each=10)
+    near, _ = features.cloud(maps, features.steps(maps), 3, 10, neighbours=True)
+    assert all(
+        (near[k][2] == panels[k][2]).all() and near[k][0].shape == panels[k][0].shape for k in near
+    )
     assert len(panels) == 6 and 0 < share <= 1

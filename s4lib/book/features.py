@@ -8,6 +8,7 @@ for name, step in features.steps(maps).items():            # "noise, whole map",
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from unittest import mock
@@ -111,13 +112,19 @@ def flipped(maps: Maps, step: Tensor, nets: Sequence[nn.Module]) -> Tensor:
 
 @torch.no_grad()
 def cloud(
-    maps: Maps, steps: Mapping[str, Tensor], classes: int = 5, each: int = 300
+    maps: Maps,
+    steps: Mapping[str, Tensor],
+    classes: int = 5,
+    each: int = 300,
+    neighbours: bool = False,
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], float]:
     """Places the student labels rightly, as points in a plane, after each step (`plots.clouds`).
 
     A point is what the last convolution reads at a place of the map, shown on the two principal
     components of what it reads before any step: an exact linear picture, in which a short way is a
-    small change. Up to `each` places of the `classes` most frequent classes are drawn at random.
+    small change. With `neighbours` it is one `tsne` of all steps' points together: who is near whom
+    is kept, lengths are not. Up to `each` places of the `classes` most frequent classes are drawn
+    at random.
 
     Returns:
         {step's name: (points (M, 2), class (M,), whether it is labelled wrongly now (M,))}, and the
@@ -138,9 +145,45 @@ def cloud(
     at = torch.cat([order[truth[order] == k][:each] for k in frequent])
     centre = clean[at].mean(0)
     _, spread, axes = torch.linalg.svd(clean[at] - centre, full_matrices=False)
-    panels = {}
-    for name, step in steps.items():
-        moved, label = read(maps.fused + step)
-        points = (moved[at] - centre) @ axes[:2].T
-        panels[name] = points.numpy(), truth[at].numpy(), (label != truth)[at].numpy()
+    moved = {name: read(maps.fused + step) for name, step in steps.items()}
+    points = [(hidden[at] - centre) @ axes.T for hidden, _ in moved.values()]
+    plane = (
+        tsne(torch.cat(points).float()).split(len(at)) if neighbours else [x[:, :2] for x in points]
+    )
+    panels = {
+        name: (xy.numpy(), truth[at].numpy(), (label != truth)[at].numpy())
+        for xy, (name, (_, label)) in zip(plane, moved.items(), strict=True)
+    }
     return panels, float(spread[:2].square().sum() / spread.square().sum())
+
+
+def tsne(points: Tensor, perplexity: float = 30.0, steps: int = 400) -> Tensor:
+    """Places (N, 2) of points (N, D) such that neighbours stay neighbours: t-SNE, exact.
+
+    Van der Maaten and Hinton (JMLR 2008), from the first two columns of `points`, which should be
+    principal components; `perplexity` is roughly the number of neighbours that count. Every pair is
+    visited at every step: for some thousand points.
+    """
+    n, far = len(points), torch.cdist(points, points).square().fill_diagonal_(torch.inf)
+    far = far - far.amin(1, keepdim=True)  # the nearest at 0: no row of exponentials vanishes
+    wanted = math.log(min(perplexity, (n - 1) / 3))
+    low, high = torch.zeros(n, 1).to(far), torch.full((n, 1), torch.inf).to(far)
+    sharp = torch.ones(n, 1).to(far)
+    for _ in range(60):  # the width of each point's kernel, by bisection
+        p = torch.exp(-sharp * far)
+        p /= p.sum(1, keepdim=True)
+        wide = -torch.xlogy(p, p).sum(1, keepdim=True) > wanted
+        low, high = torch.where(wide, sharp, low), torch.where(wide, high, sharp)
+        sharp = torch.where(high.isinf(), 2 * sharp, (low + high) / 2)
+    p = (p + p.T) / (2 * n)
+    y = 1e-4 * points[:, :2] / points[:, 0].std()
+    speed, gain = torch.zeros_like(y), torch.ones_like(y)
+    for step in range(steps):
+        early = step < steps // 4  # exaggerated, so that clusters form before they spread
+        near = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)
+        pull = ((12 if early else 1) * p - near / near.sum()) * near
+        slope = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        gain = torch.where(slope.sign() == speed.sign(), 0.8 * gain, gain + 0.2).clamp(min=0.01)
+        speed = (0.5 if early else 0.8) * speed - max(n / 48, 50) * gain * slope
+        y = y + speed
+    return y - y.mean(0)
