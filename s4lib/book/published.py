@@ -175,6 +175,7 @@ def above(
 ) -> Noted:
     """`pivot`, and under it a row of mIoU per name in `ours`, blank where no record is of the list.
 
+    Ours is the last evaluation, over runs; in brackets their number and their best evaluations.
     `protocol` is what the records must have been trained by, with * for the number of labels:
     "voc-classic-*-gta_seg". (That may be off by one: some papers print 2645 for lists of 2646.)
     """
@@ -182,14 +183,16 @@ def above(
     for name, records in ours.items():
         row = [name]
         for labels in table.header[1:]:
-            values = [
-                score(r)
+            there = [
+                r
                 for r in records
                 if labels.isdigit()
                 and fnmatch(r["config"]["protocol"], protocol)
                 and abs(r["config"]["labeled"] - int(labels)) <= 1
             ]
-            row.append(summary(values) if values else "")
+            last, best = ([score(r, when=when) for r in there] for when in ("last", "best"))
+            about = f"{summary(last)} (n = {len(there)}; best {summary(best)})" if there else ""
+            row.append(about)
         table.rows.append(row)
     return table
 
