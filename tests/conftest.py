@@ -18,6 +18,7 @@ from s4lib import build
 from s4lib.config import Config
 from s4lib.data.camvid import CamVid
 from s4lib.data.mosaic import Mosaic
+from s4lib.methods import METHODS
 from s4lib.protocols import PROTOCOLS
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,16 @@ SMALL = {
     "cct": dict.fromkeys(["dropout", "cutout", "context", "objects", "drop", "noise"], 1),
     "gct": {"detector_width": 2},
 }
+
+
+# By default each method's `paper` and all presets of the four papers; `make slow` adds the rest.
+FOUR = "gta_seg", "ps_mt", "dual_teacher", "gps"
+PRESETS = [
+    pytest.param(name, preset, marks=[] if preset == "paper" or name in FOUR else pytest.mark.slow)
+    for name, kind in METHODS.items()
+    for i, (preset, values) in enumerate(kind.presets.items())
+    if values not in list(kind.presets.values())[:i]  # another name of the same
+]
 
 
 def tiny_config(**changes) -> Config:

@@ -1,4 +1,6 @@
-"""What two processes do for test_distributed.py, all in one launch: torchrun ranks.py FOLDER.
+"""What two processes do for test_distributed.py, all in one launch.
+
+    torchrun ranks.py FOLDER PRESET ...
 
 Each check puts what it found into one dictionary; rank 0 writes them to FOLDER/found.pt.
 """
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import read_once, tiny_config
+from conftest import PRESETS, read_once, tiny_config
 
 from s4lib import distributed, trainer
 from s4lib.config import Config
@@ -19,13 +21,13 @@ from s4lib.data import open_dataset
 from s4lib.data.mosaic import Mosaic
 from s4lib.evaluate import count
 from s4lib.losses import IGNORE, ce, mse
-from s4lib.methods import METHODS
 from s4lib.nets import build_net
 from s4lib.run_folder import RunFolder
 from s4lib.trainer import Run, fit
 
 GROUP = {"net_args": {"norm": "group"}, "optimizer": "sgd", "lr": 0.05, "weight_decay": 0.0}
 COMMON = {"net": "light", "epochs": 2}
+SHORT = {"size": [16, 16], "unlabeled": 4, "epochs": 3, "eval_every": 3}  # a step an epoch
 
 # Compared with one process on the same global batches.
 AGAINST_ONE: dict[str, Config] = {
@@ -37,10 +39,9 @@ AGAINST_ONE: dict[str, Config] = {
     ),
     "supervised, batch norm": tiny_config(**COMMON, optimizer="sgd", lr=0.05),
 }
-PRESETS = {
-    f"{name}, {preset}": tiny_config(method=name, preset=preset, **COMMON)
-    for name, kind in METHODS.items()
-    for preset in kind.presets
+EACH_PRESET: dict[str, Config] = {
+    f"{name}, {preset}": tiny_config(method=name, preset=preset, **SHORT)
+    for name, preset in (parameters.values for parameters in PRESETS)
 }
 RESUMED = tiny_config(method="cutmix_seg", **COMMON)
 KILL_AT = 5  # steps of 6: after the first checkpoint
@@ -108,12 +109,12 @@ def kill(done: int, total: int, text: str) -> None:
         raise Killed
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, presets: list[str]) -> None:
     Mosaic.read = read_once
     trainer.LOG_EVERY = 2
     distributed.start("cpu")
     found: dict[str, object] = {"world": distributed.world()}
-    for name, config in {**AGAINST_ONE, **PRESETS}.items():
+    for name, config in {**AGAINST_ONE, **{name: EACH_PRESET[name] for name in presets}}.items():
         run = Run(config, RunFolder(folder / "runs", config), torch.device("cpu"))
         with torch.random.fork_rng():
             record = run.train(False, lambda *report: None)
@@ -135,4 +136,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

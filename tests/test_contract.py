@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import SMALL, equal
+from conftest import FOUR, PRESETS, SMALL, Pixelwise, equal, tiny_config, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,33 +18,18 @@ from s4lib.build import build_method
 from s4lib.config import checked
 from s4lib.evaluate import evaluated
 from s4lib.losses import IGNORE
-from s4lib.method import Batch, Clock, Crop, trainable
+from s4lib.method import Batch, Clock, Crop, Method, trainable
 from s4lib.methods import METHODS
 from s4lib.minimizer import Minimizer
 from s4lib.trainer import fit
 
 CPU = torch.device("cpu")
 CLASSES = 8
-EPOCHS = 10  # of one step each, so that warm-ups counted in epochs (PS-MT's 5) come to their end
+EPOCHS = 6  # of one step each: warm-ups and turns last an epoch, GCT's ramp 5
 LAST = EPOCHS - 1
-PRESETS = [
-    (name, preset)
-    for name, kind in METHODS.items()
-    for i, (preset, values) in enumerate(kind.presets.items())
-    if values not in list(kind.presets.values())[:i]  # another name of the same
-]
-every_preset = pytest.mark.parametrize(("name", "preset"), PRESETS)
-
-
-# Whole trainings: one preset of each method, all of the four papers; `make slow` adds the rest.
-FOUR = "gta_seg", "ps_mt", "dual_teacher", "gps"
-trained_preset = pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        pytest.param(n, p, marks=() if p == "paper" or n in FOUR else pytest.mark.slow)
-        for n, p in PRESETS
-    ],
-)
+RESUMED = 1, 4  # epochs after which a training is gone on with: of the warm-up, and of later ones
+# Of a module's scope, so that a preset's tests come one after the other and share its `training`.
+every_preset = pytest.mark.parametrize(("name", "preset"), PRESETS, scope="module")
 
 
 class World:
@@ -66,15 +54,149 @@ class World:
         second = Crop(images[3], strong, valid) if self.method.second_crop else None
         return Batch(*batch, weak_label, second)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps of them."""
+        state = {"method": self.method.state_dict(), "minimizer": self.minimizer.state_dict()}
+        return copy.deepcopy(state)
+
     def step(self, batch: Batch, step: int = LAST) -> dict[str, torch.Tensor]:
         torch.manual_seed(step)
         clock = Clock(step, 1, EPOCHS)
         self.minimizer.begin(clock)
         return self.method.step(batch, clock, self.minimizer)
 
-    def steps(self) -> list[dict[str, torch.Tensor]]:
-        """A whole training, one step an epoch: every phase of a method has its turn."""
-        return [self.step(self.batch(i), i) for i in range(EPOCHS)]
+
+@functools.cache
+def base_name(func) -> str:
+    """`add` of aten.add_.Tensor."""
+    return func.__name__.split(".")[0].rstrip("_")
+
+
+class Waits(TorchDispatchMode):
+    """Notes whatever makes Python wait for a device to tell it a value."""
+
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.watching = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.watching:
+            name = base_name(func)
+            if name in self.WAITS or name.startswith("_unique"):
+                self.found.append(f"{func} waits for the device")
+            if name.startswith("index") and any(
+                isinstance(i, torch.Tensor) and i.dtype == torch.bool
+                for arg in args[1:]
+                if isinstance(arg, list | tuple)
+                for i in arg
+            ):
+                self.found.append(f"{func} with a boolean index waits for the device")
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def looking_away(self):
+        self.watching, before = False, self.watching
+        try:
+            yield
+        finally:
+            self.watching = before
+
+    @contextmanager
+    def patched(self):
+        """Tensors that are handed to Python as arrays or lists are noted too."""
+
+        def noting(way, real):
+            def note(*arguments, **options):
+                if self.watching:
+                    self.found.append(f"{way} hands a tensor to Python")
+                return real(*arguments, **options)
+
+            return note
+
+        with self, pytest.MonkeyPatch.context() as patch:
+            for way in ("numpy", "tolist", "__array__"):
+                patch.setattr(torch.Tensor, way, noting(way, getattr(torch.Tensor, way)))
+            yield
+
+
+class Training:
+    """A whole training of a preset, one step an epoch, so that every phase has its turn; and what
+    the tests below ask about it, noted meanwhile."""
+
+    def __init__(self, name: str, preset: str):
+        self.world = world = World(tiny_config(method=name, preset=preset))
+        self.method, self.waits = world.method, Waits()
+        children = dict(world.method.named_children())
+        self.trained = [n for n, net in children.items() if trainable(net)]
+        self.frozen = [n for n in children if n not in self.trained]
+        self.modes = {n: net.training for n, net in children.items()}
+        self.statistics = world.method.batch_statistics
+        self.before = {n: weights(net) for n, net in children.items()}
+        self.attributes = [plain(world.method)]
+        self.storages = [storages(world.method)]
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self.states: dict[int, dict] = {}
+        self.strays: set[str] = set()  # frozen networks that moved beside `ema`
+        self.seen = self.look()
+        self.module = sys.modules[type(world.method).__module__]
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(self.module, "ema"):
+                patch.setattr(self.module, "ema", self.between_looks(self.module.ema))
+            for optimizer in world.minimizer.optimizers.values():  # it waits on a CPU alone
+                optimizer.register_step_pre_hook(lambda *_: setattr(self.waits, "watching", False))
+                optimizer.register_step_post_hook(lambda *_: setattr(self.waits, "watching", True))
+            for step in range(EPOCHS):
+                batch = world.batch(step)
+                with self.waits.patched():
+                    self.losses.append(world.step(batch, step))
+                self.compare()
+                self.storages.append(storages(world.method))
+                self.attributes.append(plain(world.method))
+                if step + 1 in (*RESUMED, EPOCHS):
+                    self.states[step + 1] = world.state()
+        self.after = {n: weights(net) for n, net in children.items()}
+
+    def look(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What of each frozen network rests: all, in training mode all but BN statistics."""
+        found = {}
+        for name in self.frozen:
+            net = self.method.get_submodule(name)
+            moving = [key for key, _ in net.named_buffers()] if name in self.statistics else []
+            found[name] = {k: v for k, v in weights(net).items() if k not in moving}
+        return found
+
+    def compare(self) -> None:
+        now = self.look()
+        self.strays |= {name for name in self.frozen if not equal(self.seen[name], now[name])}
+
+    def between_looks(self, ema):
+        def watched(*arguments, **options):
+            with self.waits.looking_away():
+                self.compare()
+            ema(*arguments, **options)
+            with self.waits.looking_away():
+                self.seen = self.look()
+
+        return watched
+
+
+def plain(method: Method) -> dict[str, str]:
+    """Attributes that are no parameters and no buffers."""
+    return {k: repr(v) for k, v in vars(method).items() if not k.startswith("_")}
+
+
+def storages(method: Method) -> list[set[int]]:
+    """Of each network, where its weights lie."""
+    networks = method.networks().values()
+    return [{value.data_ptr() for value in net.state_dict().values()} for net in networks]
+
+
+@pytest.fixture(scope="module")
+def training(name, preset):
+    return Training(name, preset)
 
 
 @pytest.fixture
@@ -82,116 +204,113 @@ def world(tiny, name, preset):
     return World(tiny(method=name, preset=preset))
 
 
-def weights(net: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in net.state_dict().items()}
-
-
 @every_preset
-def test_losses_are_finite_detached_scalars(world):
-    for losses in world.steps():
+def test_losses_are_finite_detached_scalars(training):
+    assert len(training.losses) == EPOCHS
+    for losses in training.losses:
         assert losses
         for name, value in losses.items():
             assert value.ndim == 0 and not value.requires_grad and torch.isfinite(value), name
 
 
 @every_preset
-def test_every_trainable_network_moves(world):
-    if getattr(world.method, "threshold", None):
-        world.method.threshold = 0.0  # a head of pseudo-labels alone learns where one is sure
-    before = {n: weights(net) for n, net in world.method.named_children() if trainable(net)}
-    world.steps()
-    assert before
-    for name, old in before.items():
-        net = world.method.get_submodule(name)
-        moved = [k for k, p in net.named_parameters() if not torch.equal(p, old[k])]
-        assert len(moved) > 0.9 * len(list(net.parameters())), name
+def test_every_trainable_network_moves(training):
+    after = training.after
+    if getattr(training.method, "threshold", None):
+        # A head of pseudo-labels alone learns where one is sure: one more step, of a copy.
+        world = copy.deepcopy(training.world)
+        world.method.threshold = 0.0
+        world.step(world.batch(LAST))
+        after = {name: net.state_dict() for name, net in world.method.named_children()}
+    assert training.trained
+    for name in training.trained:
+        old, new = training.before[name], after[name]
+        keys = [key for key, _ in training.method.get_submodule(name).named_parameters()]
+        moved = [key for key in keys if not torch.equal(old[key], new[key])]
+        assert len(moved) > 0.9 * len(keys), name
 
 
 @every_preset
-def test_frozen_networks_are_moved_by_ema_alone(world, name, preset, monkeypatch):
+def test_frozen_networks_are_moved_by_ema_alone(training, name, preset):
     if METHODS[name].presets[preset].get("teacher_init") == "random":
         pytest.skip(f"{name}, {preset}: teachers are trained before they are averaged")
-    module = sys.modules[type(world.method).__module__]
-    frozen = {n: net for n, net in world.method.named_children() if not trainable(net)}
-    if hasattr(module, "ema"):
-        assert frozen or world.config.preset != "paper"  # a control may train what else is averaged
-        with monkeypatch.context() as without:
-            without.setattr(module, "ema", lambda *arguments: None)
-            before = {n: weights(net) for n, net in frozen.items()}
-            world.steps()
-        for name, net in frozen.items():
-            still = dict(net.named_parameters()).keys()
-            if name not in world.method.batch_statistics:
-                still = before[name].keys()  # in evaluation mode BN statistics rest too
-            now = net.state_dict()
-            assert all(torch.equal(before[name][key], now[key]) for key in still), name
-        before = {n: weights(net) for n, net in frozen.items()}
-        world.steps()
-        for name, net in frozen.items():
-            assert not equal(before[name], weights(net)), name
-    for name, net in frozen.items():
-        assert name not in world.minimizer.optimizers
+    if hasattr(training.module, "ema"):
+        assert training.frozen or preset != "paper"  # a control may train what else is averaged
+        for name in training.frozen:
+            assert name not in training.strays, name
+            assert not equal(training.before[name], training.after[name]), name
+    for name in training.frozen:
+        assert name not in training.world.minimizer.optimizers
+        net = training.method.get_submodule(name)
         assert all(p.grad is None and not p.requires_grad for p in net.parameters())
 
 
 @every_preset
-def test_a_teacher_normalises_as_its_preset_says(world):
-    for name, net in world.method.named_children():
-        assert net.training == (trainable(net) or name in world.method.batch_statistics), name
-
-
-@every_preset
-def test_networks_share_no_storage(world):
-    def pointers(net: nn.Module) -> set[int]:
-        return {value.data_ptr() for value in net.state_dict().values()}
-
-    for step in range(EPOCHS):
-        networks = list(world.method.networks().values())
-        assert len(list(world.method.named_children())) == len(world.method._modules)
-        union = set().union(*map(pointers, networks))
-        assert len(union) == sum(len(pointers(net)) for net in networks)
-        world.step(world.batch(step), step)
-
-
-@every_preset
-def test_forward_gives_logits_at_input_size(world):
-    world.method.eval()
-    logits = world.method(torch.randn(2, 3, 40, 24))
-    assert logits.shape == (2, CLASSES, 40, 24)
-    deployed = evaluated(world.method)[world.method.deployed]
-    assert torch.equal(world.method(torch.ones(1, 3, 32, 32)), deployed(torch.ones(1, 3, 32, 32)))
-
-
-class Killed(Exception):
-    """Stands for a kill between two steps."""
-
-
-@trained_preset
-def test_a_run_killed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
-    tiny, tmp_path, name, preset, monkeypatch
+def test_a_training_resumed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
+    training, tiny, name, preset
 ):
-    monkeypatch.setattr(trainer, "LOG_EVERY", 4)
-    config = tiny(method=name, preset=preset, unlabeled=8, epochs=8, eval_every=8)
-    deaths = {3, 7, 13}  # each one step after a checkpoint, of sixteen
+    for start, end in zip(RESUMED, (*RESUMED[1:], EPOCHS), strict=True):
+        world = World(tiny(method=name, preset=preset, seed=1))
+        world.method.load_state_dict(training.states[start]["method"])
+        world.minimizer.load_state_dict(training.states[start]["minimizer"])
+        losses = [world.step(world.batch(step), step) for step in range(start, end)]
+        assert equal(losses, training.losses[start:end]), f"losses from step {start}"
+        found, wanted = world.state(), training.states[end]
+        for part in wanted:
+            assert equal(found[part], wanted[part]), f"{part} from step {start}"
 
-    def kill(done: int, total: int, text: str) -> None:
-        if done in deaths:
-            deaths.remove(done)
-            raise Killed
 
-    fit(config, out=tmp_path / "whole")
-    while deaths:
-        with pytest.raises(Killed):
-            fit(config, out=tmp_path / "killed", resume=True, progress=kill)
-    fit(config, out=tmp_path / "killed", resume=True)
-    folders = [tmp_path / where / config.run_id for where in ("whole", "killed")]
-    states = [torch.load(f / "last.pt", weights_only=True) for f in folders]
-    assert states[0]["step"] == states[1]["step"] == 16
-    for part in ("method", "minimizer", "best", "last", "sums"):
-        assert equal(states[0][part], states[1][part]), part
-    assert len(states[0]["method"]) > 10
-    lines = [(f / "metrics.jsonl").read_bytes() for f in folders]
-    assert lines[0] == lines[1] and lines[0].count(b'"train"') == 4
+@every_preset
+def test_a_teacher_normalises_as_its_preset_says(training):
+    for name, on in training.modes.items():
+        assert on == (name in training.trained or name in training.statistics), name
+
+
+@every_preset
+def test_networks_share_no_storage(training):
+    assert len(training.before) == len(training.method._modules)
+    for step, networks in enumerate(training.storages):
+        assert len(set().union(*networks)) == sum(map(len, networks)), f"after {step} steps"
+
+
+@every_preset
+def test_forward_gives_logits_at_input_size(training):
+    method = copy.deepcopy(training.method).eval()
+    logits = method(torch.randn(2, 3, 40, 24))
+    assert logits.shape == (2, CLASSES, 40, 24)
+    deployed = evaluated(method)[method.deployed]
+    assert torch.equal(method(torch.ones(1, 3, 32, 32)), deployed(torch.ones(1, 3, 32, 32)))
+
+
+@every_preset
+def test_a_step_never_waits_for_the_device(training):
+    assert training.waits.found == []
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        (lambda x: float(x.sum()), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "boolean index"),
+        (lambda x: x.tolist(), "tolist"),
+    ],
+)
+def test_what_waits_is_noted(wait, words):
+    waits, x = Waits(), torch.ones(3)
+    with waits.patched():
+        x.add(x).sum()
+        with waits.looking_away():
+            wait(x)
+        assert waits.found == []
+        wait(x)
+    assert any(words in found for found in waits.found)
+
+
+@every_preset
+def test_what_a_method_remembers_is_in_its_state_dict(training):
+    """Attributes must not change in a step, unless they are parameters and buffers."""
+    for step, attributes in enumerate(training.attributes):
+        assert attributes == training.attributes[0], f"after {step} steps"
 
 
 @every_preset
@@ -201,51 +320,6 @@ def test_an_all_ignored_label_gives_no_nan(world):
     assert losses["sup"] == 0
     assert all(torch.isfinite(v) for v in losses.values())
     assert all(torch.isfinite(v).all() for v in world.method.state_dict().values())
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at whatever makes Python wait for a device to tell it a value."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0].rstrip("_")
-        if name in (wait.rstrip("_") for wait in self.WAITS) or name.startswith("_unique"):
-            raise AssertionError(f"{func} waits for the device")
-        if name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for arg in args[1:]
-            if isinstance(arg, list | tuple)
-            for i in arg
-        ):
-            raise AssertionError(f"{func} with a boolean index waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@every_preset
-def test_a_step_never_waits_for_the_device(world, monkeypatch):
-    def minimize(loss, *nets):
-        parameters = [p for net in nets for p in net.parameters()]
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        with torch.no_grad():
-            for p, g in zip(parameters, grads, strict=True):
-                p.sub_(0 if g is None else 0.01 * g)
-        return True
-
-    def forbidden(*arguments):
-        raise AssertionError("a tensor is handed to Python")
-
-    batches = [world.batch(i) for i in range(EPOCHS)]
-    with monkeypatch.context() as patched:
-        for way in ("numpy", "tolist", "__array__"):
-            patched.setattr(torch.Tensor, way, forbidden)
-        for i, batch in enumerate(batches):
-            with NoWaiting():
-                world.method.step(batch, Clock(i, 1, EPOCHS), minimize)
-    with pytest.raises(AssertionError, match="waits"), NoWaiting():
-        float(torch.ones(1).sum())
-    with pytest.raises(AssertionError, match="waits"), NoWaiting():
-        torch.ones(3)[torch.ones(3) > 0]
 
 
 @every_preset
@@ -287,30 +361,15 @@ class Residual(nn.Module):
         return x + (self.drop_path(branch) if self.drop_path else branch)
 
 
-class Pixelwise(nn.Module):
-    """A SegNet that looks at one pixel at a time."""
-
-    mean = std = (0.5, 0.5, 0.5)
+class Residuals(Pixelwise):
+    """Its encoder has residual blocks, and it may have a representation head."""
 
     def __init__(self, **changes):
-        super().__init__()
+        super().__init__(CLASSES)
         self.encoder = nn.Sequential(nn.Conv2d(3, 4, 1), Residual(), Residual())
         self.decoder = nn.Conv2d(4, 4, 1)
         self.classifier = nn.Conv2d(4, CLASSES, 1)
         self.representation = nn.Conv2d(4, 4, 1) if changes.get("representation") else None
-        self.align_corners = False
-
-    def encode(self, image):
-        return (self.encoder(image),)
-
-    def fuse(self, features):
-        return self.decoder(*features)
-
-    def classify(self, fused, size):
-        return self.classifier(fused)
-
-    def forward(self, image):
-        return self.classify(self.fuse(self.encode(image)), image.shape[-2:])
 
 
 @every_preset
@@ -326,7 +385,7 @@ def test_padding_enters_no_loss(tiny, name, preset):
     for value in (0.0, 1e4):
         torch.manual_seed(0)
         world = World.__new__(World)
-        world.method = kind(Pixelwise, **{**kind.presets[preset], **SMALL.get(name, {})}).train()
+        world.method = kind(Residuals, **{**kind.presets[preset], **SMALL.get(name, {})}).train()
         world.minimizer = Minimizer(world.method, config, CPU)
         batch = world.batch()
         valid = batch.valid.clone()
@@ -359,16 +418,48 @@ def test_hyper_parameters_are_typed_explained_and_have_valid_defaults(name):
     for values in kind.presets.values():
         for key, value in values.items():
             assert checked(key, value, known[key].kind) == value
+    for values in ({}, *kind.presets.values()):
+        for key in {"warmup", "warmup_epochs", "copy_epochs", "period"} & known.keys():
+            assert values.get(key, known[key].default) < EPOCHS / 2, "let EPOCHS see its end"
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_remembers_is_in_its_state_dict(tiny, name):
-    """Attributes must not change in a step, unless they are parameters and buffers."""
-    world = World(tiny(method=name))
+# Of whole runs, those of the four papers; the others share their trainer, and are resumed above.
+FOUR_PAPERS = [
+    pytest.param(
+        *p.values, marks=[] if p.values in {(n, "paper") for n in FOUR} else pytest.mark.slow
+    )
+    for p in PRESETS
+]
 
-    def plain() -> dict:
-        return {k: repr(v) for k, v in vars(world.method).items() if not k.startswith("_")}
 
-    before = plain()
-    world.steps()
-    assert plain() == before
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+@pytest.mark.parametrize(("name", "preset"), FOUR_PAPERS)
+def test_a_run_killed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
+    tiny, tmp_path, name, preset, monkeypatch
+):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 4)
+    small = dict(size=[16, 16], batch=2, unlabeled_batch=2, unlabeled=4)
+    config = tiny(method=name, preset=preset, epochs=5, eval_every=5, **small)
+    deaths = {3, 9}  # one step after the checkpoints of the first and the fourth of five epochs
+
+    def kill(done: int, total: int, text: str) -> None:
+        if done in deaths:
+            deaths.remove(done)
+            raise Killed
+
+    fit(config, out=tmp_path / "whole")
+    while deaths:
+        with pytest.raises(Killed):
+            fit(config, out=tmp_path / "killed", resume=True, progress=kill)
+    fit(config, out=tmp_path / "killed", resume=True)
+    folders = [tmp_path / where / config.run_id for where in ("whole", "killed")]
+    states = [torch.load(f / "last.pt", weights_only=True) for f in folders]
+    assert states[0]["step"] == states[1]["step"] == 10
+    for part in ("method", "minimizer", "best", "last", "sums"):
+        assert equal(states[0][part], states[1][part]), part
+    assert len(states[0]["method"]) > 10
+    lines = [(f / "metrics.jsonl").read_bytes() for f in folders]
+    assert lines[0] == lines[1] and lines[0].count(b'"train"') == 2

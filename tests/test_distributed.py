@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import equal
+from conftest import FOUR, equal
 
 from s4lib import distributed, trainer
 from s4lib.trainer import fit
 
 TESTS = Path(__file__).parent
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, request) -> Path:
     """Where ranks.py left its results; launched once, also under pytest-xdist."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items]
+    names = {call.params.get("name") for call in asked if call}
+    presets = [name for name in ranks.EACH_PRESET if name in names]
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     where = base / "ranks"
@@ -32,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
             done = subprocess.run(
-                [sys.executable, "-m", *launcher, str(TESTS / "ranks.py"), str(where)],
+                [sys.executable, "-m", *launcher, str(TESTS / "ranks.py"), str(where), *presets],
                 capture_output=True,
                 text=True,
                 timeout=300,
@@ -52,7 +56,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "last.pt", weights_only=True)["method"]
 
 
-@pytest.mark.parametrize("name", [*ranks.PRESETS, *ranks.AGAINST_ONE])
+# By default what processes tell each other beside gradients (see s4lib.distributed's callers), and
+# the four papers; `make slow` adds the rest.
+TELLING = "st_plus_plus", "ael", "u2pl", *FOUR
+EACH_PRESET = [
+    pytest.param(name, marks=[] if config.preset == "paper" and config.method in TELLING else SLOW)
+    for name, config in ranks.EACH_PRESET.items()
+]
+
+
+@pytest.mark.parametrize("name", [*EACH_PRESET, *ranks.AGAINST_ONE])
 def test_ranks_end_bit_equal_buffers_included(found, name):
     assert found["world"] == 2
     (first, networks), (second, others) = found[name]

@@ -28,6 +28,13 @@ def test_counts_are_those_of_the_algorithm(name, preset, expected):
     assert passes(name, preset) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_methods_passes_can_be_counted(name):
+    forward, _, backward = passes(name)
+    assert forward >= backward >= 1
+
+
 def test_they_read_as_a_sentence_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     passes.cache_clear()

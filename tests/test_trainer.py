@@ -471,7 +471,7 @@ def child(server, tmp_path):
             one.wait()
 
 
-EPOCHS = 16  # 48 steps: a second or two
+EPOCHS = 10  # 30 steps: a second
 
 
 @pytest.fixture(scope="module")
