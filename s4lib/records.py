@@ -143,8 +143,8 @@ class Difference:
 
     def __str__(self) -> str:
         if len(self.values) < 2:
-            return f"{self.mean:+.1f} (one pair, no interval)"
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+            return f"{self.mean:+z.1f} (one pair, no interval)"
+        return f"{self.mean:+z.1f} [{self.low:+z.1f}, {self.high:+z.1f}]"
 
 
 def paired(
