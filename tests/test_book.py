@@ -150,7 +150,7 @@ def test_an_interrupt_leaves_no_process_behind(repository, number):
         "open('started', 'w').close()\ntime.sleep(600)",
     )
     program = (
-        "import sys; from pathlib import Path; from s4lib.book import build\n"
+        "import sys; from pathlib import Path; from s4lib.book.compile import build\n"
         "sys.exit(build(['long'], 'smoke', html=False, root=Path(sys.argv[1])))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

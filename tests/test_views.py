@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import threading
 import typing
@@ -18,6 +19,7 @@ from conftest import equal, tiny_config
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from s4lib import distributed
+from s4lib.bench import tables
 from s4lib.cli import main
 from s4lib.config import Config
 from s4lib.data import colour, open_dataset
@@ -850,6 +852,31 @@ def test_bench_prints_images_a_second_and_shares(name, camvid, capsys):
     assert abs(sum(float(c[-4]) for c in cells) - 100) <= 2
     spent = sum(float(c[-2]) for c in cells)
     assert abs(1000 / spent - rate) < 0.05 * rate + 0.1
+
+
+def test_bench_writes_what_it_prints(camvid, tmp_path, capsys):
+    arguments = [
+        "bench",
+        "data",
+        "--dataset",
+        "camvid",
+        "--data_root",
+        str(camvid),
+        "--images",
+        "3",
+    ]
+    path = tmp_path / "bench-data.json"
+    arguments += ["--augment", "unimatch", "--crop", "16", "20", "--out", str(path)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    (row,) = json.loads(path.read_text())["rows"]
+    text = tables.loaders(tmp_path)
+    for rate in (
+        row["images"] / (row["decode"] + row["weak"] + row["strong"]),
+        3 / row["released"],
+    ):
+        assert f"{rate:.1f} images/s" in said and f"| {rate:.1f} |" in text
+    assert "| camvid, 18 x 24 | unimatch, 16 x 20, 1 strong |" in text
 
 
 @pytest.mark.parametrize(
