@@ -270,11 +270,11 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     now[0] += 15
     bar.update(30, "student 41.5 mIoU")
-    assert capsys.readouterr().err == "training: 30/40 (0:30, 0:15 left) student 41.5 mIoU\n"
+    assert capsys.readouterr().err == "training: 30/40 (30 s, 15 s left) student 41.5 mIoU\n"
     now[0] += 3600
     bar.update(40)
     bar.close("done")
-    assert capsys.readouterr().err.splitlines()[-1] == "training: 40/40 (1:00:30) done"
+    assert capsys.readouterr().err.splitlines()[-1] == "training: 40/40 (1 h 0 min) done"
 
 
 def test_training_reports_every_step(tiny, tmp_path):
