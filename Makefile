@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test slow lint lab clean distclean
+.PHONY: help book test pages slow lint lab clean distclean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,7 +24,10 @@ book: $(READY)  ## run the notebooks that changed and compile the book (PROFILE,
 test: $(READY)  ## run the default test suite
 	@$(BIN)/python -m pytest -n 2
 
-slow: $(READY)  ## run the long tests too
+pages: $(READY)  ## open the compiled pages in headless Chromium and test them
+	@$(BIN)/python -m pytest -m browser -rs
+
+slow: $(READY)  ## run all tests, the long ones and the pages' too
 	@$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(READY)  ## check style and format, notebooks included

@@ -81,6 +81,7 @@ def test_a_stopped_suite_goes_on_and_a_row_without_room_is_a_row(tmp_path, capsy
     )
 
 
+@pytest.mark.slow
 def test_a_row_of_a_suite_is_measured_in_a_process_of_its_own():
     config = Config(net="tiny", crop=(32, 32), batch=2, device="cpu")
     row = commands._alone(process_of, config, 7)

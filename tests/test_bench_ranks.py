@@ -30,6 +30,7 @@ def test_time_is_computing_plus_calls_plus_bytes(calls, sent, ranks, expected):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_two_processes_are_measured_apart_and_together(tmp_path, capsys):
     path = tmp_path / "ranks.json"
     arguments = ["--ranks", "2", "--batches", "1", "--net", "tiny", "--crop", "32", "32"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import FOUR, equal
+from conftest import equal
 
 from s4lib import distributed, trainer
 from s4lib.trainer import fit
@@ -56,9 +56,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "last.pt", weights_only=True)["method"]
 
 
-# By default what processes tell each other beside gradients (see s4lib.distributed's callers), and
-# the four papers; `make slow` adds the rest.
-TELLING = "st_plus_plus", "ael", "u2pl", *FOUR
+# By default the one method of several stages; `.ci/run` and `make slow` add the rest.
+TELLING = ("st_plus_plus",)
 EACH_PRESET = [
     pytest.param(name, marks=[] if config.preset == "paper" and config.method in TELLING else SLOW)
     for name, config in ranks.EACH_PRESET.items()

@@ -306,6 +306,7 @@ def kill_and_go_on(path: Path, out: Path, kills: int) -> None:
     assert_each_trained_once(path, out)
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_killed_leaves_no_process_and_is_gone_on_with(file, tmp_path):
     path, out = (
         file({**GRID, "seed": 0, "set": {**TINY, "epochs": 30, "eval_every": 15}}),
