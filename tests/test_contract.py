@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import FOUR, PRESETS, SMALL, Pixelwise, equal, tiny_config, weights
+from conftest import PRESETS, SMALL, Pixelwise, equal, tiny_config, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -425,20 +425,12 @@ def test_hyper_parameters_are_typed_explained_and_have_valid_defaults(name):
             assert values.get(key, known[key].default) < EPOCHS / 2, "let EPOCHS see its end"
 
 
-# Of whole runs, those of the four papers; the others share their trainer, and are resumed above.
-FOUR_PAPERS = [
-    pytest.param(
-        *p.values, marks=[] if p.values in {(n, "paper") for n in FOUR} else pytest.mark.slow
-    )
-    for p in PRESETS
-]
-
-
 class Killed(Exception):
     """Stands for a kill between two steps."""
 
 
-@pytest.mark.parametrize(("name", "preset"), FOUR_PAPERS)
+@pytest.mark.slow  # resumed from memory they are above
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_a_run_killed_in_every_phase_is_bit_equal_to_an_uninterrupted_one(
     tiny, tmp_path, name, preset, monkeypatch
 ):

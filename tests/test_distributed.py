@@ -17,7 +17,7 @@ from s4lib import distributed, trainer
 from s4lib.trainer import fit
 
 TESTS = Path(__file__).parent
-SLOW = pytest.mark.slow
+pytestmark = pytest.mark.slow  # to start two processes takes long: `.ci/run` and `make slow`
 
 
 @pytest.fixture(scope="session")
@@ -56,15 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "last.pt", weights_only=True)["method"]
 
 
-# By default the one method of several stages; `.ci/run` and `make slow` add the rest.
-TELLING = ("st_plus_plus",)
-EACH_PRESET = [
-    pytest.param(name, marks=[] if config.preset == "paper" and config.method in TELLING else SLOW)
-    for name, config in ranks.EACH_PRESET.items()
-]
-
-
-@pytest.mark.parametrize("name", [*EACH_PRESET, *ranks.AGAINST_ONE])
+@pytest.mark.parametrize("name", [*ranks.EACH_PRESET, *ranks.AGAINST_ONE])
 def test_ranks_end_bit_equal_buffers_included(found, name):
     assert found["world"] == 2
     (first, networks), (second, others) = found[name]

@@ -20,7 +20,8 @@ def file(tiny, tmp_path):
     return file
 
 
-@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_what_comes_out_the_same_is_renewed_and_what_does_not_stays_stale(file, capsys, jobs):
     old = records.load(file)
     assert all(map(records.stale, old))
