@@ -190,7 +190,7 @@ class Config:
             raise ValueError(f"unknown key {unknown[0]!r}: choose from {', '.join(valid)}")
         return cls(**values)
 
-    @property
+    @functools.cached_property  # queues of hundreds of runs ask for it all the time
     def hash(self) -> str:
         """Of the fields that can change a number: not where files lie or what computes.
 

@@ -7,6 +7,7 @@ Each check puts what it found into one dictionary; rank 0 writes them to FOLDER/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ AGAINST_ONE: dict[str, Config] = {
     "supervised, group norm, void": tiny_config(
         **COMMON, **GROUP, outside="void", scale=(0.5, 1.0)
     ),
+    "supervised, group norm, adamw, double": tiny_config(**COMMON, net_args={"norm": "group"}),
+    "mean_teacher, group norm, adamw, double": tiny_config(
+        method="mean_teacher", **COMMON, net_args={"norm": "group"}
+    ),
     "supervised, batch norm": tiny_config(**COMMON, optimizer="sgd", lr=0.05),
 }
 EACH_PRESET: dict[str, Config] = {
@@ -46,6 +51,26 @@ EACH_PRESET: dict[str, Config] = {
 RESUMED = tiny_config(method="cutmix_seg", **COMMON)
 KILL_AT = 5  # steps of 6: after the first checkpoint
 EVALUATED = {"even": range(6), "odd": range(7), "one": range(1)}
+
+
+@contextlib.contextmanager
+def precision(name: str):
+    """Networks in double precision, where a check's name says so.
+
+    Adam divides gradients near zero by their own size: what float32 rounds in them, a sum over
+    processes in another order, becomes steps of the size of the learning rate.
+    """
+    build = trainer.build_method
+
+    def double(*given):
+        method = build(*given).double()
+        for net in method.children():
+            net.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
+        return method
+
+    trainer.build_method = double if "double" in name else build
+    yield
+    trainer.build_method = build
 
 
 def plain_normalise(image: torch.Tensor) -> torch.Tensor:
@@ -115,8 +140,8 @@ def main(folder: Path, presets: list[str]) -> None:
     distributed.start("cpu")
     found: dict[str, object] = {"world": distributed.world()}
     for name, config in {**AGAINST_ONE, **{name: EACH_PRESET[name] for name in presets}}.items():
-        run = Run(config, RunFolder(folder / "runs", config), torch.device("cpu"))
-        with torch.random.fork_rng():
+        with precision(name), torch.random.fork_rng():
+            run = Run(config, RunFolder(folder / "runs" / name, config), torch.device("cpu"))
             record = run.train(False, lambda *report: None)
         found[name] = gather((digest(run.method), record["networks"]))
     try:

@@ -67,8 +67,10 @@ def test_ranks_end_bit_equal_buffers_included(found, name):
 @pytest.mark.parametrize("name", ranks.AGAINST_ONE)
 def test_two_half_batches_are_one_whole_batch(found, folder, tmp_path, name):
     config = ranks.AGAINST_ONE[name]
-    record = fit(config, out=tmp_path)
-    one, two = (weights(out / config.run_id) for out in (tmp_path, folder / "runs"))
+    with ranks.precision(name):
+        record = fit(config, out=tmp_path)
+    outs = tmp_path, folder / "runs" / name
+    one, two = (weights(out / config.run_id) for out in outs)
     tolerance = 1e-4 if "batch norm" in name else 1e-5
     torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
     start = trainer.build_method(config, 8).state_dict()["student.classifier.0.0.weight"]

@@ -29,7 +29,7 @@ GRID = {
     "protocol": "mosaic-32",
     "method": ["supervised", "mean_teacher"],
     "seed": [0, 1, 2],
-    "set": {**TINY, "epochs": 80, "eval_every": 20},
+    "set": {**TINY, "epochs": 240, "eval_every": 20},  # long enough to be found at work
 }
 
 
@@ -177,7 +177,7 @@ def test_whatever_befalls_its_jobs_a_grid_ends_with_every_record_once(cluster, t
     found = grid.results(grid.out)
     for _, lines in found:
         steps = [(line["kind"], line["step"]) for line in map(json.loads, lines.splitlines())]
-        assert len(steps) == len(set(steps)) == 24 + 4
+        assert len(steps) == len(set(steps)) == 72 + 12  # logged, evaluated
     here = tmp_path / "here"
     grid.out = here
     assert grid.start("--engine", "local", "--slots", "2").wait(900) == 0, grid.log.read_text()
@@ -185,7 +185,8 @@ def test_whatever_befalls_its_jobs_a_grid_ends_with_every_record_once(cluster, t
 
 
 def test_a_run_over_two_nodes_is_stopped_queued_again_and_ends(cluster, tmp_path):
-    grid = Grid(tmp_path, {**GRID, "method": "mean_teacher", "seed": 0})
+    short = {**GRID["set"], "epochs": 80}
+    grid = Grid(tmp_path, {**GRID, "method": "mean_teacher", "seed": 0, "set": short})
     process = grid.cluster("--nodes", "2")
     try:
         notice(grid.await_running())

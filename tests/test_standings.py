@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from s4lib.book.standings import BASE, Standings, order_table
+from s4lib.book.standings import BASE, Standings, order_table, places
 from s4lib.build import method_source
 from s4lib.protocols import protocol
 
@@ -66,6 +66,7 @@ def test_table_has_what_ran_and_says_what_did_not(stand):
     assert cutmix["p"] and not cutmix["p"].endswith("distinguishable")
     assert {len(each) for each in (*table.rows, table.header)} == {6}
     assert len(stand.table(["supervised", "gps"], BASE, "cct").rows[1]) == 8
+    assert table.caption.startswith("mIoU in % on mosaic-32, 32 labels.")
 
 
 def test_stale_records_are_marked(found):
@@ -91,6 +92,7 @@ def test_elsewhere_has_a_column_where_three_have_run_and_its_agreement(found, st
         for d, v in enumerate(LEVELS[n])
     ]
     found += [record("gps", 0, 50.0, "mosaic-16"), record("gps", 0, 1.0, "mosaic-smoke")]
+    assert places(found) == [("mosaic-32", 32), ("mosaic-64", 64)]  # three methods, not smoke
     table = stand.elsewhere(found, names, (0, 1, 2))
     assert table.header == ["", "mosaic-32, 32 labels", "mosaic-64, 64 labels"]
     assert row(table, "cct")["mosaic-64, 64 labels"] == "72.1 ± 7.0 (3)"

@@ -84,7 +84,9 @@ class Standings:
             pairs = [cell for column in columns for cell in _brief(column.get(name))]
             rows.append([self.marked(name), len(group), *sums, *pairs])
         header += [cell for base in against for cell in (f"minus {base}", "p")]
-        caption = f"mIoU in % on {self.setting}. p is corrected for its column; where it is below "
+        labels = {r["config"]["labeled"] for by in self.results.values() for r in by.values()}
+        where = f"{self.setting}, {min(labels, default=0)} labels"
+        caption = f"mIoU in % on {where}. p is corrected for its column; where it is below "
         return Table(header, rows, f"{caption}0.05 the verdict follows, elsewhere there is none.")
 
     def presets(self) -> Table:
@@ -103,16 +105,26 @@ class Standings:
         caption += f" Not run on draws of its method's paper: {'; '.join(absent)}." * bool(absent)
         return Table(["", "n", "last mIoU", "minus paper", "p", "verdict"], rows, caption)
 
+    def best(self, names: Sequence[str]) -> str:
+        """Which of `names` has the highest mean over all draws of supervised-only."""
+        return max((n for n in names if n in self.full), key=self.mean.get, default=BASE)
+
+    def everywhere(self, found: Sequence[dict], draws: Sequence[int]) -> dict[str, Standings]:
+        """The same systems by place, this one too."""
+        by_place = {}
+        for where, labels in places(found):
+            systems = {n: {**changes, "labeled": labels} for n, changes in self.systems.items()}
+            there = Standings(where, systems, gather(found, where, systems, draws))
+            by_place[f"{where}, {labels} labels"] = there
+        return by_place
+
     def elsewhere(self, found: Sequence[dict], names: Sequence[str], draws: Sequence[int]) -> Table:
-        """Mean mIoU of the same systems by protocol and number of labels, where three have run;
-        below, how the order of those with all our draws agrees with ours."""
+        """Mean mIoU of the same systems by place; below, how the order of those with all our draws
+        agrees with ours."""
         columns, last = {}, ["Kendall's tau (p)"]
-        for where, labels in sorted({(c["protocol"], c["labeled"]) for c in _configs(found)}):
-            asked = {n: {**self.systems[n], "labeled": labels} for n in names}
-            by_system = gather(found, where, asked, draws)
-            levels = {n: summary(map(score, by.values())) for n, by in by_system.items() if by}
-            if len(levels) >= 3:
-                columns[f"{where}, {labels} labels"] = levels
+        for place, there in self.everywhere(found, draws).items():
+            ran = {n: there.results[n].values() for n in names if there.results[n]}
+            columns[place] = {n: summary(map(score, group)) for n, group in ran.items()}
         for levels in columns.values():
             both = {n: s.mean for n, s in levels.items() if s.n == len(self.results[BASE])}
             last.append(_agreed(both, self.mean))
@@ -189,6 +201,16 @@ class Standings:
         return Table(header, rows, passed + where)
 
 
+def places(found: Sequence[dict]) -> list[tuple[str, int]]:
+    """(protocol, number of labeled images) with records of three methods.
+
+    But for smoke protocols, which train for too short to be compared.
+    """
+    ran = {(c["protocol"], c["labeled"], c["method"]) for c in (r["config"] for r in found)}
+    methods = Counter(ran_at[:2] for ran_at in ran if "smoke" not in ran_at[0])
+    return sorted(place for place, count in methods.items() if count >= 3)
+
+
 def work(step: Passes) -> float:
     """Encoder passes of a step, of which a backward one counts as two."""
     return step.forward + step.teaching + 2 * step.backward
@@ -232,11 +254,6 @@ def _brief(comparison: Comparison | None) -> list[object]:
     """`_cells`, with the verdict behind p and only if it says something."""
     difference, p, verdict = _cells(comparison)
     return [difference, f"{p} {verdict}" if verdict in ("better", "worse") else p]
-
-
-def _configs(found: Sequence[dict]) -> list[dict]:
-    """Of all records but those of smoke protocols, which train for too short to be compared."""
-    return [r["config"] for r in found if "smoke" not in r["config"]["protocol"]]
 
 
 def _agreed(one: Mapping[str, float], other: Mapping[str, float]) -> str:
