@@ -152,11 +152,26 @@ def test_times_are_written_as_people_write_them():
     assert [seconds("budget", t) for t in ("90s", "9m", "1h30m", "1.5h")] == [90, 540, 5400, 5400]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "book" / "grids").glob("*.yaml")), ids=str)
-def test_the_grids_of_the_book_are_valid(path):
-    configs = read(path)
+GRIDS = ROOT / "book" / "grids"
+
+
+@pytest.mark.parametrize("method", ["gta_seg", "ps_mt", "dual_teacher"])
+def test_the_grid_of_changes_has_each_hyper_parameter_of_a_released_program_alone(method):
+    usual = protocol("mosaic-32", method=method).method_args.items()
+    grid = [c for c in read(GRIDS / "mosaic-changes.yaml") if c.method == method]
+    changes = [dict(c.method_args.items() - usual) for c in grid if c.preset == "paper"]
+    companions = {"warmup_epochs", "buffers", "period"}  # what some other change cannot do without
+    for key, value in METHODS[method].presets["code"].items():
+        if key != "buffers":
+            alone = [c for c in changes if c.get(key) == value and c.keys() <= {key} | companions]
+            assert alone, key
+
+
+@pytest.mark.parametrize("name", ["camvid", "camvid-quick", "mosaic", "mosaic-rules"])
+def test_the_grids_of_the_book_are_valid(name):
+    configs = read(GRIDS / f"{name}.yaml")
     assert {c.draw for c in configs} == {c.seed for c in configs} == {0, 1, 2}
-    if path.stem.endswith("rules"):
+    if name == "mosaic-rules":
         assert len({c.split for c in configs}) == 3 and len(configs) == 9
         return
     assert {c.method for c in configs} == set(METHODS)
