@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import equal
 from torch import nn
 
-from s4lib.book import cam, plots
+from s4lib.book import cam, pictures, plots
 from s4lib.book.cam import grad_cam
 from s4lib.book.features import Maps
 from s4lib.build import build_method
@@ -95,7 +95,7 @@ def test_wrong_questions_are_refused(shape, index, message):
 
 def test_heat_is_red_on_grey():
     picture = np.full((1, 3, 3), [0, 30, 60], dtype=np.uint8)
-    found = plots.as_heat(picture, np.array([[0, 0.5, 7]]))
+    found = pictures.as_heat(picture, np.array([[0, 0.5, 7]]))
     assert found.tolist() == [[[30, 30, 30], [122, 35, 35], [214, 40, 40]]]
 
 

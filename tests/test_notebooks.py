@@ -16,7 +16,7 @@ CELLS, CODE_LINES, DEF_LINES = 25, 120, 10
 REQUIRED = {"profile", "dataset", "data_root"}
 WORDS = re.compile(r"[a-z]{2,}(-[a-z0-9]+)*")
 DRAWS = re.compile(
-    r"\b(plots|diagrams)\.(?!use_style|as_colors)\w+\(|\bplt\.\w+\(|\.(plot|imshow|hist)\("
+    r"\b(pictures|plots|diagrams)\.(?!use_style|as_)\w+\(|\bplt\.\w+\(|\.(plot|imshow|hist)\("
 )
 RESULT = re.compile(r"\d+\.\d+\s*(%|points?\b|mIoU)|mIoU (of|=|is) \d")
 

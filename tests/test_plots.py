@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s4lib import trained
-from s4lib.book import plots
+from s4lib.book import pictures, plots
 from s4lib.book.analysis import Predictions, predictions
 from s4lib.data import open_dataset
 
@@ -18,7 +18,7 @@ def test_answers_are_label_maps_over_their_confidence_beside_what_is_given():
     before = Predictions(1 - truth.clamp(max=1), torch.full((2, 2, 2), 0.25), truth)
     after = Predictions(truth.clamp(max=1), torch.full((2, 2, 2), 0.75), truth)
     image = torch.arange(12).view(2, 2, 3).byte()
-    figure = plots.answers([image], {"before": before, "after": after}, ["a", "b"], COLORS)
+    figure = pictures.answers([image], {"before": before, "after": after}, ["a", "b"], COLORS)
     shown = [axis.images[0].get_array() for axis in figure.axes]
     assert len(shown) == 6, "one image was asked for, of two that were predicted"
     assert [axis.get_title() for axis in figure.axes] == ["given", "before", "after", "", "", ""]
@@ -33,23 +33,23 @@ def test_answers_are_label_maps_over_their_confidence_beside_what_is_given():
 
 def test_pictures_undo_normalisation_and_colour_labels():
     image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
-    (picture,) = plots.as_pictures((image - 0.4) / 0.2, COLORS, 0.4, 0.2)
+    (picture,) = pictures.as_pictures((image - 0.4) / 0.2, COLORS, 0.4, 0.2)
     assert picture.dtype == np.uint8 and picture.shape == (2, 4, 3)
     np.testing.assert_array_equal(picture[0, 0], [0, 128, 255])
-    assert plots.as_pictures(image + 1, COLORS)[0].min() == 255, "brighter than white"
-    (label,) = plots.as_pictures(torch.tensor([[[0, 1, 255]]]), COLORS)
+    assert pictures.as_pictures(image + 1, COLORS)[0].min() == 255, "brighter than white"
+    (label,) = pictures.as_pictures(torch.tensor([[[0, 1, 255]]]), COLORS)
     np.testing.assert_array_equal(label, [[*COLORS, (235,) * 3]])
 
 
 def test_label_maps_are_what_each_model_says_of_the_images_asked_for(trained_run):
     model = trained.load(trained_run, device="cpu")
     images = open_dataset("mosaic", "val", size=(32, 32))
-    rows = plots.label_maps({"ours": model}, images, [3, 5])
+    rows = pictures.label_maps({"ours": model}, images, [3, 5])
     assert list(rows) == ["input", "ours", "truth"] and {len(row) for row in rows.values()} == {2}
     np.testing.assert_array_equal(rows["input"][1], images[5][0].permute(1, 2, 0))
-    np.testing.assert_array_equal(rows["truth"][0], plots.as_colors(images[3][1], images.colors))
+    np.testing.assert_array_equal(rows["truth"][0], pictures.as_colors(images[3][1], images.colors))
     said = predictions(model, images, [3, 5]).label
-    np.testing.assert_array_equal(rows["ours"][1], plots.as_colors(said[1], images.colors))
+    np.testing.assert_array_equal(rows["ours"][1], pictures.as_colors(said[1], images.colors))
 
 
 def test_panels_have_one_legend_and_the_axes_asked_for():

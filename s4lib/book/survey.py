@@ -24,7 +24,7 @@ from ..methods.gct import GCT
 from ..nets import SegNet
 from ..records import paired, summary
 from ..trained import Trained
-from . import plots
+from . import pictures
 from .analysis import Predictions, precision_coverage
 from .published import columns, load
 from .self_training import strong
@@ -49,23 +49,23 @@ class Scene:
     colors: np.ndarray
 
     def draw(self, rows: Mapping[str, Tensor], height: float = 0.9, **about) -> Figure:
-        """`plots.grid` of images (B, 3, h, w) in [0, 255], class indices (B, h, w), and heat maps
-        (B, h, w), floating or bool, in [0, 1]; also of lists of pictures as `plots.grid` has."""
+        """`pictures.grid` of images (B, 3, h, w) in [0, 255], class indices (B, h, w), and heat
+        maps (B, h, w), floating or bool, in [0, 1]; also of lists of pictures."""
         drawn = {name: x if isinstance(x, list) else self._pictures(x) for name, x in rows.items()}
         look = {"classes": self.classes, "colors": self.colors, "height": height}
-        return plots.grid(drawn, **look, **about)
+        return pictures.grid(drawn, **look, **about)
 
     def _pictures(self, x: Tensor) -> list[np.ndarray]:
         if x.ndim == 4:
-            return plots.as_pictures(x.float() / 255, self.colors)
+            return pictures.as_pictures(x.float() / 255, self.colors)
         if x.is_floating_point() or x.dtype == torch.bool:
             return list(x.detach().float().cpu().numpy())
-        return plots.as_pictures(x, self.colors)
+        return pictures.as_pictures(x, self.colors)
 
     def mistakes(self, label: Tensor, threshold: float, mix: Callable = lambda x: x) -> list:
-        """`plots.as_mistakes` of labels; `mix` is applied to truth and confidence."""
+        """`pictures.as_mistakes` of labels; `mix` is applied to truth and confidence."""
         given = zip(label, mix(self.truth), mix(self.confidence), strict=True)
-        return [plots.as_mistakes(*x, threshold) for x in given]
+        return [pictures.as_mistakes(*x, threshold) for x in given]
 
 
 def look(model: Trained, images: Images, network: str = "", count: int = 6) -> Scene:
