@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from . import records
-from .cli import Parser
 from .config import Config
 from .interrupts import interruptible
 from .methods import METHODS
+from .parser import Parser
 from .protocols import protocol
 from .run_folder import RunFolder
 from .runs import Local, Overview, check, recorded, work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..cli import Parser
+from ..parser import Parser
 from . import DATASETS, importing, lists, open_dataset
 from .check import check
 from .splits import RULES, split
