@@ -14,6 +14,7 @@ their number and multiplies its weight decay (reference: "lr 0.01, wd 1e-4 on 4 
 from __future__ import annotations
 
 import types
+from fnmatch import fnmatch
 
 from .config import Config
 from .data import lists
@@ -319,6 +320,14 @@ PROFILES: types.MappingProxyType[str, dict[str, str]] = types.MappingProxyType(
         "paper": {"voc": "voc-classic-183", "cityscapes": "cityscapes-u2pl-744"},
     }
 )
+
+
+def matching(pattern: str) -> list[str]:
+    """Names of protocols, such as those of "voc-classic-*-gta_seg". Raises ValueError for none."""
+    found = [name for name in PROTOCOLS if fnmatch(name, pattern)]
+    if not found:
+        raise ValueError(f"no protocol is called {pattern!r}: `s4 protocols` lists them")
+    return found
 
 
 def protocol(name: str, **changes) -> Config:

@@ -11,7 +11,7 @@ from s4lib.config import Config
 from s4lib.data import DATASETS
 from s4lib.methods import METHODS
 from s4lib.nets import NETS
-from s4lib.protocols import OWN, PROFILES, PROTOCOLS, profile_protocol, protocol
+from s4lib.protocols import OWN, PROFILES, PROTOCOLS, matching, profile_protocol, protocol
 
 
 def test_a_config_survives_json():
@@ -51,6 +51,13 @@ def test_an_unknown_protocol_lists_the_valid_ones():
     with pytest.raises(ValueError, match="protocol='voc'") as error:
         protocol("voc")
     assert all(name in str(error.value) for name in OWN)
+
+
+def test_protocols_of_a_published_table_are_found_by_pattern():
+    found = matching("voc-classic-*-gta_seg")
+    assert found == [f"voc-classic-{n}-gta_seg" for n in (92, 183, 366, 732, 1464)]
+    with pytest.raises(ValueError, match="'voc-classic-91'"):
+        matching("voc-classic-91")
 
 
 def test_an_unknown_key_lists_the_valid_ones():
