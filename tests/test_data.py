@@ -60,6 +60,7 @@ def test_mosaic_splits_are_what_they_have_always_been():
     assert found == MOSAIC_SPLITS
 
 
+@pytest.mark.slow
 def test_all_mosaic_images_are_drawn_in_seconds_and_differ():
     began = time.process_time()
     seen = set()

@@ -171,7 +171,9 @@ def nets() -> dict[str, SegNet]:
     return made
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "101" in n else ()) for n in RESNETS]
+)
 @torch.no_grad()
 def test_the_encoder_is_the_papers_resnet(nets, name):
     depth, dilations, strides, ceil = RESNETS[name]
@@ -386,7 +388,7 @@ def to_mmseg(name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
-        ("u2pl-resnet101", lambda s: s | CLASSIFIER),
+        pytest.param("u2pl-resnet101", lambda s: s | CLASSIFIER, marks=pytest.mark.slow),
         ("unimatch-resnet50", lambda s: {f"module.{k}": v for k, v in (s | CLASSIFIER).items()}),
         ("cps-resnet50", lambda s: {"model": {f"module.backbone.{k}": v for k, v in s.items()}}),
         ("cps-resnet50", lambda s: {k: v for k, v in s.items() if "num_batches" not in k}),

@@ -312,6 +312,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_everywhere_it_ends_bit_equal_and_repeats_no_stage(whole, tmp_path, monkeypatch):
     folder, _, _ = whole
     # Twice in the teacher, once in either student, and among the labels of each half.

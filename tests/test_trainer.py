@@ -493,7 +493,10 @@ def assert_same_run(folder: Path, wanted: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {p.name for p in wanted.iterdir()}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_leaves_a_run_that_resumes_to_the_same_end(
     uninterrupted, tmp_path, child, number, code
 ):
