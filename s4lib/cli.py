@@ -330,12 +330,13 @@ def renew_records(arguments: list[str]) -> int:
     )
     parser.add_argument("file", type=Path, help="a .jsonl file of records, rewritten in place")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--data_root", default="", help="where the dataset lies; mosaic needs none")
     options = parser.parse_args(arguments)
     from .renew import renew
 
     if not options.file.is_file():
         raise ValueError(f"{options.file}: no such file of records")
-    return 1 if renew(options.file, options.jobs) else 0
+    return 1 if renew(options.file, options.jobs, options.data_root) else 0
 
 
 def bench(arguments: list[str]) -> int:

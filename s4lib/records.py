@@ -51,8 +51,9 @@ def load(*places: str | Path) -> list[dict]:
 
 
 def save(records: Iterable[dict], file: Path) -> None:
-    """Write a .jsonl file, whole or not at all. Raises OSError."""
-    text = "".join(f"{json.dumps(record)}\n" for record in records)
+    """Write a .jsonl file, whole or not at all, without where the data lay. Raises OSError."""
+    kept = [{**record, "config": {**record["config"], "data_root": ""}} for record in records]
+    text = "".join(f"{json.dumps(record)}\n" for record in kept)
     write_atomically(file, lambda output: output.write(text.encode()))
 
 

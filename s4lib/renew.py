@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,13 +23,18 @@ from .config import Config
 from .trainer import fit
 
 
-def renew(file: Path, jobs: int = 1, say: Callable[[str], None] = print) -> list[str]:
+def renew(
+    file: Path, jobs: int = 1, data_root: str = "", say: Callable[[str], None] = print
+) -> list[str]:
     """Repeat one stale record of each method and preset in `file`; if all its numbers come out the
     same, they all get the present fingerprint, and `renewed` says by which repetition.
 
     The file is rewritten after each comparison, so that an interrupted renewal can go on. Numbers
     are equal to the last digit or not at all, which they are only on a machine and with versions
     like those of the record.
+
+    Args:
+        data_root: where the dataset of these records lies; mosaic needs none.
 
     Returns:
         a line for each group whose numbers changed; its records are left as they were, stale.
@@ -40,7 +46,7 @@ def renew(file: Path, jobs: int = 1, say: Callable[[str], None] = print) -> list
     changed = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _one_thread) as pool:
         shortest = [min(group, key=lambda record: record["seconds"]) for group in groups]
-        waiting = {pool.submit(_repeat, old): i for i, old in enumerate(shortest)}
+        waiting = {pool.submit(_repeat, old, data_root): i for i, old in enumerate(shortest)}
         for done in as_completed(waiting):
             group, old, new = groups[waiting[done]], shortest[waiting[done]], done.result()
             before, after = records.score(old), records.score(new)
@@ -65,9 +71,10 @@ def _group(record: dict) -> tuple[str, ...]:
     return config["protocol"], config["method"], config["preset"], record["method_source"]
 
 
-def _repeat(record: dict) -> dict:
+def _repeat(record: dict, data_root: str) -> dict:
+    config = replace(Config.from_dict(record["config"]), data_root=data_root)
     with tempfile.TemporaryDirectory() as out:
-        new = fit(Config.from_dict(record["config"]), out=out)
+        new = fit(config, out=out)
     return json.loads(json.dumps(new))  # as it would be read from a file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 from scipy import stats
@@ -100,6 +101,22 @@ def test_records_are_loaded_from_files_and_run_folders(tmp_path):
     assert sorted(r["run_id"] for r in found) == [f"supervised-{d}-0" for d in range(4)]
     assert records.load(tmp_path / "some.jsonl") == OURS[:2]
     assert records.load(tmp_path / "nowhere") == []
+
+
+def test_a_file_of_records_does_not_say_where_data_lay(tmp_path):
+    mine = copy.deepcopy(OURS[0])
+    mine["config"]["data_root"] = "/home/me/CamVid"
+    records.save([mine], tmp_path / "a.jsonl")
+    (saved,) = records.load(tmp_path)
+    assert saved == {**mine, "config": mine["config"] | {"data_root": ""}}
+    assert mine["config"]["data_root"], "the run's own record keeps it"
+
+
+def test_committed_records_name_no_path_of_a_machine():
+    files = [*records.COMMITTED.glob("*.json*")]
+    assert files
+    for file in files:
+        assert not re.search(r'": "(/|~|[A-Z]:)', file.read_text()), file.name
 
 
 def test_the_last_of_equal_records_counts(tmp_path):

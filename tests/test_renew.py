@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from s4lib import cli, records
+from s4lib import cli, records, renew
 from s4lib.trainer import fit
 
 
@@ -39,6 +39,11 @@ def test_what_comes_out_the_same_is_renewed_and_what_does_not_stays_stale(file, 
     file.write_text("".join(json.dumps(r) + "\n" for r in now[:2]))
     assert cli.main(["renew", str(file)]) == 0  # nothing left to do
     assert "0 stale, 0 runs to repeat" in capsys.readouterr().out
+
+
+def test_a_run_is_repeated_where_the_data_lies_now(tiny, monkeypatch):
+    monkeypatch.setattr(renew, "fit", lambda config, out: {"data_root": config.data_root})
+    assert renew._repeat({"config": tiny().to_dict()}, "CamVid") == {"data_root": "CamVid"}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_elsewhere_has_a_column_where_three_have_run_and_its_agreement(found, st
     ]
     found += [record("gps", 0, 50.0, "mosaic-16"), record("gps", 0, 1.0, "mosaic-smoke")]
     assert places(found) == [("mosaic-32", 32), ("mosaic-64", 64)]  # three methods, not smoke
-    table = stand.elsewhere(found, names, (0, 1, 2))
+    table = stand.elsewhere(stand.everywhere(found, (0, 1, 2)), names)
     assert table.header == ["", "mosaic-32, 32 labels", "mosaic-64, 64 labels"]
     assert row(table, "cct")["mosaic-64, 64 labels"] == "72.1 ± 7.0 (3)"
     assert not row(table, "cutmix_seg")["mosaic-64, 64 labels"]

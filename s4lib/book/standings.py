@@ -118,11 +118,11 @@ class Standings:
             by_place[f"{where}, {labels} labels"] = there
         return by_place
 
-    def elsewhere(self, found: Sequence[dict], names: Sequence[str], draws: Sequence[int]) -> Table:
-        """Mean mIoU of the same systems by place; below, how the order of those with all our draws
-        agrees with ours."""
+    def elsewhere(self, by_place: Mapping[str, Standings], names: Sequence[str]) -> Table:
+        """Mean mIoU of systems in each place of `everywhere`; below, how the order of those with
+        all our draws agrees with ours."""
         columns, last = {}, ["Kendall's tau (p)"]
-        for place, there in self.everywhere(found, draws).items():
+        for place, there in by_place.items():
             ran = {n: there.results[n].values() for n in names if there.results[n]}
             columns[place] = {n: summary(map(score, group)) for n, group in ran.items()}
         for levels in columns.values():
