@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from s4lib.book.standings import BASE, Standings, order_table, places
+from s4lib import records
+from s4lib.book.ranking import told
+from s4lib.book.standings import BASE, Standings, changed, needed_table, order_table, places
 from s4lib.build import method_source
+from s4lib.grid import read
+from s4lib.methods import METHODS
 from s4lib.protocols import protocol
 
 LEVELS = {
@@ -69,10 +73,53 @@ def test_table_has_what_ran_and_says_what_did_not(stand):
     assert table.caption.startswith("mIoU in % on mosaic-32, 32 labels.")
 
 
+def test_verdicts_count_what_a_single_draw_cannot_say(found, stand):
+    assert told(stand.verdicts(list(LEVELS), BASE)) == "3 better, 0 worse, 1 not distinguishable"
+    found.append(record("gps", 0, 31.0))
+    again = Standings.of(found, "mosaic-32", draws=(0, 1, 2)).verdicts(["gps", "cct"], BASE)
+    assert told(again) == "1 better, 0 worse, 0 not distinguishable, 1 with a single draw"
+    assert stand.verdicts(["gps"], "cps") == {}, "neither has run"
+
+
+def test_changes_are_named_after_what_is_not_usual_and_held_against_their_own_method(found):
+    usual = protocol("mosaic-32", method="gct").method_args
+    new = {"method_args": {**usual, "mu": 0.25}}, {"warmup": 2}
+    pairs = [(new[0], 35.0), (new[1], 39.0)]
+    found += [record("gct", d, v, **change) for change, v in pairs for d in (0, 1)]
+    configs = [
+        protocol("mosaic-32", method="gct", draw=d, seed=d, **c) for c in new for d in (0, 1)
+    ]
+    looked = changed(found, configs, (0, 1, 2))
+    assert list(looked.systems) == [BASE, "gct", "gct, mu 0.25", "gct, warmup 2"]
+    assert [len(by) for by in looked.results.values()] == [3, 3, 2, 2]
+    assert row(looked.presets(), "gct, warmup 2")["minus paper"].startswith("+5.9")
+    verdicts = looked.verdicts(list(looked.systems)[1:], BASE)
+    assert told(verdicts) == "1 better, 0 worse, 2 not distinguishable"
+
+
+def test_every_method_that_does_not_gain_is_examined():
+    """Its mean over the draws that it shares with supervised-only is not above that one's."""
+    found = [r for r in records.load(records.COMMITTED) if r["config"]["protocol"] == "mosaic-32"]
+    stand = Standings.of(found, "mosaic-32", (0, 1, 2))
+    behind = [n for n, c in stand.verdicts(list(METHODS), BASE).items() if c.difference.mean <= 0]
+    grid = read(records.COMMITTED.parent / "grids" / "mosaic-examined.yaml")
+    assert {c.method for c in grid} == set(behind)
+
+
 def test_stale_records_are_marked(found):
     found[0]["method_source"] = "older"
     table = Standings.of(found, "mosaic-32", draws=(0, 1, 2)).table(["supervised", "cct"], BASE)
     assert [each[0] for each in table.rows] == ["supervised*", "cct"]
+
+
+def test_what_few_draws_need_is_the_interval_of_the_median_system(stand):
+    table = needed_table(stand.verdicts(list(LEVELS), BASE), 3)
+    assert "for the median one of 0.1. The largest mean difference here is 6.0" in table.caption
+    assert [each[0] for each in table.rows] == [2, 3, 5, 10, 20]
+    assert table.rows[1][1:3] == ["2.48", "0.3"], "4.303 / sqrt(3), times 0.105"
+    assert table.rows[1][3] == "5.12", "t beyond 0.05 / 8, over sqrt(3)"
+    nothing = needed_table({}, 0)
+    assert nothing.rows[0][2] == "" and "no system shares" in nothing.caption
 
 
 def test_presets_are_held_against_their_own_paper(found):
@@ -97,6 +144,7 @@ def test_elsewhere_has_a_column_where_three_have_run_and_its_agreement(found, st
     assert table.header == ["", "mosaic-32, 32 labels", "mosaic-64, 64 labels"]
     assert row(table, "cct")["mosaic-64, 64 labels"] == "72.1 ± 7.0 (3)"
     assert not row(table, "cutmix_seg")["mosaic-64, 64 labels"]
+    assert stand.place == "mosaic-32, 32 labels" and stand.place in stand.everywhere(found, (0,))
     last = row(table, "Kendall's tau (p)")
     assert last["mosaic-64, 64 labels"] == "+1.00 (0.33), n = 3"
 

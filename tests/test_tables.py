@@ -30,6 +30,17 @@ def test_beside_finds_the_committed_record_of_the_same_run():
     assert tables.beside({"here": here}, [stale]).rows[0][2] == "40.5*"
 
 
+def test_classes_are_averaged_over_the_runs_that_have_them():
+    def run(*iou):
+        last = {"iou": iou, "miou": sum(v or 0 for v in iou) / 2}
+        return {"classes": ["sky", "pole"], "deployed": "n", "networks": {"n": {"last": last}}}
+
+    table = tables.class_iou({"one": [run(90.0, 2.0)], "two": [run(80.0, None), run(84.0, None)]})
+    rows = [[str(cell) for cell in row] for row in table.rows]
+    assert rows[:2] == [["sky", "90.0", "82.0 ± 2.8"], ["pole", "2.0", "–"]]
+    assert rows[2] == ["mIoU", "46.0", "41.0 ± 1.4"]
+
+
 def test_a_listing_is_the_source_at_the_left_margin():
     assert tables.listing(tables.Table.__repr__).startswith("```python\ndef __repr__(self)")
 

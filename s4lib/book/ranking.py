@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,14 @@ def compare(results: Mapping[str, Mapping[int, dict]], base: str) -> dict[str, C
     found = [paired(results[name].values(), results[base].values()) for name in known]
     adjusted = holm([p_value(difference) for difference in found])
     return dict(zip(known, map(Comparison, found, adjusted), strict=True))
+
+
+def told(comparisons: Mapping[str, Comparison]) -> str:
+    """Such as "3 better, 1 worse, 20 not distinguishable, 2 with a single draw"."""
+    alone = "with a single draw"
+    count = Counter(alone if math.isnan(c.p) else c.verdict for c in comparisons.values())
+    words = ["better", "worse", "not distinguishable", *[alone] * (alone in count)]
+    return ", ".join(f"{count[word]} {word}" for word in words)
 
 
 class Ranking(NamedTuple):

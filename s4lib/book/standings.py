@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
+from statistics import median
 from typing import NamedTuple
 
+from ..config import Config
 from ..methods import METHODS
 from ..passes import Passes, passes
 from ..protocols import protocol
 from ..records import paired, score, stale, summary
 from . import published
-from .ranking import Agreement, Comparison, agreement, compare, gather, holm, p_value
+from .ranking import Agreement, Comparison, agreement, compare, gather, holm, needed, p_value
 from .tables import Table
 
 BASE = "supervised"
@@ -56,6 +58,11 @@ class Standings:
         return cls(setting, systems, gather(found, setting, systems, draws))
 
     @cached_property
+    def place(self) -> str:
+        """Protocol and number of labels, such as "mosaic-32, 32 labels"."""
+        return f"{self.setting}, {protocol(self.setting, **self.systems[BASE]).labeled} labels"
+
+    @cached_property
     def full(self) -> dict[str, list[float]]:
         """{system: [mIoU per draw]} of those with all the draws that supervised-only has."""
         draws = self.results[BASE].keys()
@@ -74,7 +81,7 @@ class Standings:
 
         The verdict stands beside p where there is one other than "not distinguishable".
         """
-        columns = [compare({n: self.results[n] for n in (*names, b)}, b) for b in against]
+        columns = [self.verdicts(names, b) for b in against]
         header, rows = ["", "n", "last mIoU", "best epoch"], []
         for name in names:
             if not (group := list(self.results[name].values())):
@@ -84,10 +91,12 @@ class Standings:
             pairs = [cell for column in columns for cell in _brief(column.get(name))]
             rows.append([self.marked(name), len(group), *sums, *pairs])
         header += [cell for base in against for cell in (f"minus {base}", "p")]
-        labels = {r["config"]["labeled"] for by in self.results.values() for r in by.values()}
-        where = f"{self.setting}, {min(labels, default=0)} labels"
-        caption = f"mIoU in % on {where}. p is corrected for its column; where it is below "
+        caption = f"mIoU in % on {self.place}. p is corrected for its column; where it is below "
         return Table(header, rows, f"{caption}0.05 the verdict follows, elsewhere there is none.")
+
+    def verdicts(self, names: Sequence[str], base: str) -> dict[str, Comparison]:
+        """Of each system that shares draws with `base`; p corrected for their number."""
+        return compare({n: self.results[n] for n in (*names, base)}, base)
 
     def presets(self) -> Table:
         """Each system that is no method's own preset paper, minus that; one family of p values."""
@@ -115,7 +124,7 @@ class Standings:
         for where, labels in places(found):
             systems = {n: {**changes, "labeled": labels} for n, changes in self.systems.items()}
             there = Standings(where, systems, gather(found, where, systems, draws))
-            by_place[f"{where}, {labels} labels"] = there
+            by_place[there.place] = there
         return by_place
 
     def elsewhere(self, by_place: Mapping[str, Standings], names: Sequence[str]) -> Table:
@@ -201,6 +210,23 @@ class Standings:
         return Table(header, rows, passed + where)
 
 
+def changed(found: Sequence[dict], configs: Sequence[Config], draws: Sequence[int]) -> Standings:
+    """Supervised-only, and the methods of `configs` (all of one protocol) as they are and changed:
+    "u2pl, decay 0.98" is named after what is not usual in its configs, draw and seed aside."""
+    (setting,) = {c.protocol for c in configs}
+    systems = {BASE: {"method": BASE, "preset": "paper"}}
+    for config in configs:
+        own = {"method": config.method, "preset": config.preset}
+        usual, new = protocol(setting, **own).to_dict(), config.to_dict()
+        unusual = {k: v for k, v in new.items() if v != usual[k] and k not in ("draw", "seed")}
+        args = {k: v for k, v in config.method_args.items() if v != usual["method_args"].get(k)}
+        said = {k: v for k, v in unusual.items() if k != "method_args"} | args
+        systems.setdefault(config.method, own)
+        name = ", ".join([config.method, *(f"{k} {v}" for k, v in said.items())])
+        systems[name] = {**unusual, **own, **({"method_args": args} if args else {})}
+    return Standings(setting, systems, gather(found, setting, systems, draws))
+
+
 def places(found: Sequence[dict]) -> list[tuple[str, int]]:
     """(protocol, number of labeled images) with records of three methods.
 
@@ -234,6 +260,25 @@ def order_table(orders: Sequence[Order], caption: str = "") -> Table:
     header = ["published", "n", "its order", "tau (p)", "in single draws", "rho (p)"]
     words = "Printed pairs: yes, our runs confirm them, no, they contradict, open, neither."
     return Table([*header, "yes", "no", "open"], rows, f"{caption} {words}".strip())
+
+
+def needed_table(comparisons: Mapping[str, Comparison], draws: int) -> Table:
+    """Mean paired differences that would be told from zero at 5 %, of `draws` and other numbers."""
+    tested = [c.difference for c in comparisons.values() if not math.isnan(c.p)]
+    spread = median(summary(d.values).std for d in tested) if tested else math.nan
+    rows = []
+    for n in sorted({2, 3, 5, 10, 20} | {draws} - {0, 1}):
+        units = [needed(n, m) for m in (1, max(len(tested), 1))]
+        points = [f"{u * spread:.1f}" if tested else "" for u in units]
+        rows.append([n, f"{units[0]:.2f}", points[0], f"{units[1]:.2f}", points[1]])
+    about = "Mean difference that is told from zero at 5 %: in standard deviations, and in points "
+    if not tested:
+        about += "if one were known: no system shares two draws with supervised-only."
+    else:
+        about += f"for the median one of {spread:.1f}. The largest mean difference here is "
+        about += f"{max(abs(d.mean) for d in tested):.1f}."
+    header = ["draws", "alone", "points", f"smallest of {len(tested)}", "points"]
+    return Table(header, rows, about)
 
 
 def _chain(values: Mapping[str, float]) -> str:

@@ -6,11 +6,11 @@ import html
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import Config
-from ..records import like, paired, score, stale, summary
+from ..records import Summary, like, paired, score, stale, summary
 from .analysis import paired_values
 
 CLOCK = "Seconds are by the clock, with whatever else the machine did in them."
@@ -79,16 +79,24 @@ def comparison(results: Mapping[str, Sequence[dict]], base: str, caption: str = 
     return Table(header, rows, caption)
 
 
-def class_iou(results: Mapping[str, dict]) -> Table:
-    """Per-class IoU and mIoU (last evaluation, deployed network), one record per column."""
-    classes = next(iter(results.values()))["classes"]
-    networks = [r["networks"][r["deployed"]]["last"] for r in results.values()]
-    rows = [[name, *(n["iou"][i] for n in networks)] for i, name in enumerate(classes)]
-    rows.append(["mIoU", *(n["miou"] for n in networks)])
-    rows = [[name, *("–" if v is None else f"{v:.1f}" for v in values)] for name, *values in rows]
+def class_iou(results: Mapping[str, Sequence[dict]]) -> Table:
+    """IoU of every class and mIoU of each group of records (last evaluation, deployed network):
+    mean over the runs in which the class occurs, and sample standard deviation."""
+    columns = [[r["networks"][r["deployed"]]["last"] for r in group] for group in results.values()]
+    classes = next(iter(results.values()))[0]["classes"]
+    rows = [
+        [name, *(_known(run["iou"][i] for run in runs) for runs in columns)]
+        for i, name in enumerate(classes)
+    ]
+    rows.append(["mIoU", *(_known(run["miou"] for run in runs) for runs in columns)])
     return Table(
         ["class", *results], rows, "IoU in %, last evaluation; – where a class occurs nowhere."
     )
+
+
+def _known(values: Iterable[float | None]) -> Summary | str:
+    present = [v for v in values if v is not None]
+    return summary(present) if present else "–"
 
 
 def differences(
