@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from s4lib import records
+from s4lib.book import orders
 from s4lib.book.ranking import told
-from s4lib.book.standings import BASE, Standings, changed, needed_table, order_table, places
+from s4lib.book.standings import BASE, Standings, changed, needed_table, places
 from s4lib.build import method_source
 from s4lib.grid import read
 from s4lib.methods import METHODS
@@ -112,6 +115,18 @@ def test_stale_records_are_marked(found):
     assert [each[0] for each in table.rows] == ["supervised*", "cct"]
 
 
+def test_classes_that_labels_teach_and_those_they_hardly_teach_are_counted_apart(found):
+    iou = {"supervised": [90.0, 50.0, 2.0, None, 1.0], "cct": [91.0, 52.0, 0.0, None, 0.0]}
+    iou |= {"gct": [80.0, 50.0, 4.0, None, 1.0], "mean_teacher": [90.0, 50.0, 2.1, None, 0.0]}
+    some = [r for r in found if r["config"]["method"] in iou and r["config"]["draw"] < 2]
+    for r in some:
+        r["networks"]["net"]["last"]["iou"] = iou[r["config"]["method"]]
+    said = Standings.of(some, "mosaic-32", draws=(0, 1)).classes([*iou, "gps"])
+    assert said.endswith(
+        "1 of 3 systems over the 2 classes that it knows best, 1 over the other 2."
+    )
+
+
 def test_what_few_draws_need_is_the_interval_of_the_median_system(stand):
     table = needed_table(stand.verdicts(list(LEVELS), BASE), 3)
     assert "for the median one of 0.1. The largest mean difference here is 6.0" in table.caption
@@ -150,15 +165,18 @@ def test_elsewhere_has_a_column_where_three_have_run_and_its_agreement(found, st
 
 
 def test_orders_are_those_of_published_columns_with_three_of_ours(stand):
-    (sixteenth, eighth, *_) = orders = stand.orders()
-    assert {o.place[0] for o in orders} == {"ke2020"} and len(orders) == 4
+    (sixteenth, eighth, *_) = found = orders.of(stand)
+    assert {o.place[0] for o in found} == {"ke2020"} and len(found) == 4
     assert list(sixteenth.printed) == ["cct", "gct", "mean_teacher", "supervised"]
     assert sixteenth.agreement.tau == 1 and sixteenth.single == pytest.approx([1, 2 / 3, 1])
     assert eighth.agreement.tau == pytest.approx(2 / 3), "GCT and CCT have changed places"
     assert sum(sixteenth.duels.values()) == 6 and eighth.duels["worse"] >= 1
-    table = order_table(orders)
+    counts = sum((o.duels for o in found), Counter())
+    assert f"**confirm {counts['better']}, contradict {counts['worse']}**" in orders.told(found)
+    assert "can reach is 0.083 with 4 systems" in orders.told(found)
+    table = orders.table(found)
     assert table.rows[0][2] == "cct > gct > mean_teacher > supervised"
-    column = stand.beside(sixteenth.place)
+    column = orders.beside(stand, sixteenth.place)
     assert row(column, "SupOnly")["our difference"] == ""
     assert row(column, "CCT")["our difference"].startswith("+3.0")
 
@@ -182,5 +200,6 @@ def test_cost_counts_passes_steps_and_batches(found):
 
 def test_nothing_has_run():
     stand = Standings.of([], "camvid-23", draws=(0, 1))
-    assert stand.full == {} and stand.orders() == [] and stand.presets().rows == []
+    assert orders.told([]).startswith("No published column")
+    assert stand.full == {} and orders.of(stand) == [] and stand.presets().rows == []
     assert {each[1] for each in stand.table(list(stand.systems), BASE, "gps").rows} == {"not run"}

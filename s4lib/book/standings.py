@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise
 from statistics import median
-from typing import NamedTuple
+
+import numpy as np
 
 from ..config import Config
 from ..methods import METHODS
 from ..passes import Passes, passes
 from ..protocols import protocol
 from ..records import paired, score, stale, summary
-from . import published
-from .ranking import Agreement, Comparison, agreement, compare, gather, holm, needed, p_value
+from .ranking import Comparison, agreement, compare, gather, holm, needed, p_value
 from .tables import Table
 
 BASE = "supervised"
+_PLACE = ("draw", "seed", "data_root")  # of a config, not part of what is changed
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,22 @@ class Standings:
         """Of each system that shares draws with `base`; p corrected for their number."""
         return compare({n: self.results[n] for n in (*names, base)}, base)
 
+    def classes(self, names: Sequence[str]) -> str:
+        """How many of `names` are above supervised-only, on the draws that they share, in the mean
+        over the half of the classes that it knows best, and over the others."""
+        base = {d: _class_iou(r) for d, r in self.results[BASE].items()}
+        ours = {n: {d: _class_iou(r) for d, r in self.results[n].items()} for n in names}
+        pairs = [[by[d] - base[d] for d in by.keys() & base] for n, by in ours.items() if n != BASE]
+        gains = [np.mean(pair, axis=0) for pair in pairs if pair]
+        level = np.mean([*base.values()], axis=0)  # nan, in neither half: occurs nowhere
+        halves = level >= np.nanmedian(level), level < np.nanmedian(level)
+        above = [sum(gain[half].mean() > 0 for gain in gains) for half in halves]
+        return (
+            f"Above supervised-only in mean IoU: {above[0]} of {len(gains)} systems over the "
+            f"{halves[0].sum()} classes that it knows best, {above[1]} over the other "
+            f"{halves[1].sum()}."
+        )
+
     def presets(self) -> Table:
         """Each system that is no method's own preset paper, minus that; one family of p values."""
         pairs = {}
@@ -143,38 +159,6 @@ class Standings:
         rows = [row for row in rows if any(row[1:])]
         return Table(["", *columns], [*rows, last], "Last mIoU: mean, standard deviation (draws).")
 
-    def orders(self) -> list[Order]:
-        """Every published column that holds three of the systems that have run with all draws."""
-        found = []
-        for place, printed in published.columns(published.load()).items():
-            theirs = {n: float(cell.value) for n, cell in printed.items() if n in self.full}
-            if len(theirs) < 3 or len(set(theirs.values())) < 2:
-                continue
-            theirs = dict(sorted(theirs.items(), key=lambda item: -item[1]))
-            above = [(a, b) for a, b in combinations(theirs, 2) if theirs[a] > theirs[b]]
-            pairs = [[self.results[n].values() for n in pair] for pair in above]
-            differences = [paired(*pair) for pair in pairs]
-            p = holm([p_value(difference) for difference in differences])
-            duels = Counter(Comparison(*each).verdict for each in zip(differences, p, strict=True))
-            draws = range(len(self.results[BASE]))
-            single = [agreement(theirs, {n: self.full[n][i] for n in theirs}).tau for i in draws]
-            found.append(Order(place, theirs, agreement(theirs, self.mean), single, duels))
-        return found
-
-    def beside(self, place: tuple[str, ...]) -> Table:
-        """A published column with ours beside it; differences to supervised-only, or else to the
-        first that has run here."""
-        source, table, dataset, network, labels = place
-        cells = published.load(source=source, table=table, dataset=dataset)
-        cells = [c for c in cells if (c.network, c.labels) == (network, labels)]
-        known = {n: c.method for n, c in published.columns(cells)[place].items() if n in self.full}
-        ours = {
-            method: {d: score(r) for d, r in self.results[n].items()} for n, method in known.items()
-        }
-        caption = f"{source}, table {table}, {labels} labels."
-        base = known.get(BASE) or next(iter(ours))
-        return published.beside(cells, ours, base, caption)
-
     def passes(self, name: str) -> Passes:
         """Of one of its steps."""
         return passes(self.systems[name]["method"], self.systems[name]["preset"])
@@ -211,14 +195,16 @@ class Standings:
 
 
 def changed(found: Sequence[dict], configs: Sequence[Config], draws: Sequence[int]) -> Standings:
-    """Supervised-only, and the methods of `configs` (all of one protocol) as they are and changed:
-    "u2pl, decay 0.98" is named after what is not usual in its configs, draw and seed aside."""
+    """Supervised-only, and the methods of `configs` (all of one protocol) as they are and changed.
+
+    "u2pl, decay 0.98" is named after what is not usual in its configs but draw, seed, data_root.
+    """
     (setting,) = {c.protocol for c in configs}
     systems = {BASE: {"method": BASE, "preset": "paper"}}
     for config in configs:
         own = {"method": config.method, "preset": config.preset}
         usual, new = protocol(setting, **own).to_dict(), config.to_dict()
-        unusual = {k: v for k, v in new.items() if v != usual[k] and k not in ("draw", "seed")}
+        unusual = {k: v for k, v in new.items() if v != usual[k] and k not in _PLACE}
         args = {k: v for k, v in config.method_args.items() if v != usual["method_args"].get(k)}
         said = {k: v for k, v in unusual.items() if k != "method_args"} | args
         systems.setdefault(config.method, own)
@@ -242,26 +228,6 @@ def work(step: Passes) -> float:
     return step.forward + step.teaching + 2 * step.backward
 
 
-class Order(NamedTuple):
-    place: tuple[str, ...]  # source, table, dataset, network, labels
-    printed: dict[str, float]  # highest first
-    agreement: Agreement  # of printed numbers with our means
-    single: list[float]  # Kendall's tau with each draw alone
-    duels: Counter  # verdicts on "this is better than that" over all printed pairs
-
-
-def order_table(orders: Sequence[Order], caption: str = "") -> Table:
-    rows = []
-    for o in orders:
-        a, where = o.agreement, f"{o.place[0]}, {o.place[1]}, {o.place[-1]} labels"
-        row = [where, a.n, _chain(o.printed), f"{a.tau:+.2f} ({a.tau_p:.2f})"]
-        row += [f"[{min(o.single):+.2f}, {max(o.single):+.2f}]", f"{a.rho:+.2f} ({a.rho_p:.2f})"]
-        rows.append([*row, *(o.duels[w] for w in ("better", "worse", "not distinguishable"))])
-    header = ["published", "n", "its order", "tau (p)", "in single draws", "rho (p)"]
-    words = "Printed pairs: yes, our runs confirm them, no, they contradict, open, neither."
-    return Table([*header, "yes", "no", "open"], rows, f"{caption} {words}".strip())
-
-
 def needed_table(comparisons: Mapping[str, Comparison], draws: int) -> Table:
     """Mean paired differences that would be told from zero at 5 %, of `draws` and other numbers."""
     tested = [c.difference for c in comparisons.values() if not math.isnan(c.p)]
@@ -281,11 +247,9 @@ def needed_table(comparisons: Mapping[str, Comparison], draws: int) -> Table:
     return Table(header, rows, about)
 
 
-def _chain(values: Mapping[str, float]) -> str:
-    """{"a": 2, "b": 1, "c": 1}, falling, as "a > b = c"."""
-    names = list(values)
-    signs = [" > " if values[a] > values[b] else " = " for a, b in pairwise(names)]
-    return names[0] + "".join(sign + name for sign, name in zip(signs, names[1:], strict=True))
+def _class_iou(record: dict) -> np.ndarray:
+    """Of the deployed network's last evaluation; nan where a class occurs nowhere."""
+    return np.array(record["networks"][record["deployed"]]["last"]["iou"], float)
 
 
 def _cells(comparison: Comparison | None) -> list[object]:
