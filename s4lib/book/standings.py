@@ -260,8 +260,10 @@ def _cells(comparison: Comparison | None) -> list[object]:
 
 
 def _brief(comparison: Comparison | None) -> list[object]:
-    """`_cells`, with the verdict behind p and only if it says something."""
+    """`_cells`, with the verdict behind p and only if it says something; one pair is a number."""
     difference, p, verdict = _cells(comparison)
+    if comparison and not p:
+        difference = f"{comparison.difference.mean:+.1f}"
     return [difference, f"{p} {verdict}" if verdict in ("better", "worse") else p]
 
 
