@@ -112,6 +112,13 @@ def test_a_file_of_records_does_not_say_where_data_lay(tmp_path):
     assert mine["config"]["data_root"], "the run's own record keeps it"
 
 
+def test_files_of_committed_records_are_small_and_share_no_run():
+    files = sorted(records.COMMITTED.glob("*.jsonl"))
+    assert files and all(file.stat().st_size < 600 * 1024 for file in files)
+    runs = [record["run_id"] for file in files for record in records.load(file)]
+    assert len(runs) == len(set(runs))
+
+
 def test_committed_records_name_no_path_of_a_machine():
     files = [*records.COMMITTED.glob("*.json*")]
     assert files
